@@ -1,0 +1,93 @@
+# `make` alone prints what each target is for.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The contract as last released; `make breaking` compares with it.
+BASELINE := protos/released.binpb
+IMAGE := build/contract.binpb
+
+.PHONY: help
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("latchgate needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another with: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "This Python can not make environments; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV) (about half a minute, once) ..."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps --no-build-isolation -e .
+	@touch $@
+
+.PHONY: setup
+setup: $(STAMP) ## Make the environment: packages pinned by hash, and latchgate itself
+
+.PHONY: run
+run: $(STAMP) ## Start the service with its embedded database, and show a key's life
+	@exec $(BIN)/latchgate run
+
+.PHONY: test
+test: $(STAMP) ## Run the tests against a real PostgreSQL that they start themselves
+	@$(BIN)/python -m pytest -q
+
+.PHONY: lint
+lint: $(STAMP) ## Check style, import rules, the contract's style and the Dockerfile
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/lint-imports
+	@$(BIN)/buf format --diff --exit-code protos
+	@$(BIN)/python protos/generate.py image $(IMAGE)
+	@$(BIN)/buf lint $(IMAGE) --config protos/buf.yaml
+	@$(BIN)/hadolint Dockerfile
+
+.PHONY: format
+format: $(STAMP) ## Rewrite code and protos in the project's style
+	@$(BIN)/ruff check --fix-only
+	@$(BIN)/ruff format
+	@$(BIN)/buf format --write protos
+
+.PHONY: types
+types: $(STAMP) ## Check types, strictly, in service, tests, stubs and scripts
+	@$(BIN)/mypy
+
+.PHONY: generate
+generate: $(STAMP) ## Make stubs and the API reference from the protos
+	@$(BIN)/python protos/generate.py stubs
+
+.PHONY: generated
+generated: generate ## Fail if what is committed differs from what the protos give
+	@git diff --exit-code --stat -- generated docs/api.md
+	@test -z "$$(git ls-files --others --exclude-standard -- generated)" || { echo "generated/ has files that are not committed"; exit 1; }
+
+.PHONY: breaking
+breaking: $(STAMP) ## Fail if the contract breaks a client of the last release
+	@$(BIN)/python protos/generate.py image $(IMAGE)
+	@$(BIN)/buf breaking $(IMAGE) --against $(BASELINE) --config protos/buf.yaml --exclude-imports
+
+.PHONY: baseline
+baseline: $(STAMP) ## At a release: take the contract as the one to stay compatible with
+	@$(BIN)/python protos/generate.py image $(BASELINE)
+
+.PHONY: check
+check: ## Everything that CI runs
+	@bash .ci/run
+
+.PHONY: bench
+bench: $(STAMP) ## Measure Validate against a no-op of the same size; writes docs/performance.md
+	@$(BIN)/python tests/bench/run.py
+
+.PHONY: lock
+lock: $(STAMP) ## Pin the newest allowed packages, with hashes, for every platform and Python
+	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.11 --no-emit-index-url --no-annotate \
+		--custom-compile-command "make lock" pyproject.toml --extra embedded --extra dev -o requirements-dev.txt
+	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-emit-index-url --no-annotate \
+		--custom-compile-command "make lock" pyproject.toml -c requirements-dev.txt -o requirements.txt
+
+.PHONY: clean
+clean: ## Remove what the other targets made; the embedded database in .latchgate stays
+	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,90 @@
+"""Makes all that follows from the protos: Python stubs, descriptor sets, and the API reference.
+
+Imports of the contract (google/api, buf/validate) are taken from the descriptors that the installed packages carry, so
+that nothing is fetched and the versions are those of the lock file.
+
+Usage: python protos/generate.py stubs | image FILE
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from api_reference import write_reference
+from google.api import annotations_pb2, field_behavior_pb2, http_pb2
+from google.protobuf import descriptor_pb2, duration_pb2, field_mask_pb2, timestamp_pb2
+from grpc_tools import protoc
+from protovalidate._gen.buf.validate import validate_pb
+
+PROTOS = Path(__file__).parent
+ROOT = PROTOS.parent
+GENERATED = ROOT / "generated"
+REFERENCE = ROOT / "docs" / "api.md"
+CONTRACT = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.glob("apikeys/v1/*.proto"))
+# protovalidate brings its own message classes; the stubs of this contract need google.protobuf's.
+RULES = "buf/validate/validate.proto"
+# protoc's plugins stand beside this Python; PATH need not name them.
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+PLUGINS = [f"--plugin={name}={SCRIPTS / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
+
+
+def _imports() -> descriptor_pb2.FileDescriptorSet:
+    """Gathers the descriptors of everything that the contract imports."""
+    imports = descriptor_pb2.FileDescriptorSet()
+    for module in (
+        descriptor_pb2,
+        timestamp_pb2,
+        duration_pb2,
+        field_mask_pb2,
+        http_pb2,
+        annotations_pb2,
+        field_behavior_pb2,
+    ):
+        module.DESCRIPTOR.CopyToProto(imports.file.add())
+    imports.file.add().ParseFromString(validate_pb.desc().proto.to_binary())
+    return imports
+
+
+def _protoc(*arguments: str) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".binpb") as imports:
+        imports.write(_imports().SerializeToString(deterministic=True))
+        imports.flush()
+        status = protoc.main(["protoc", f"--descriptor_set_in={imports.name}", f"-I{PROTOS}", *PLUGINS, *arguments])
+    if status != 0:
+        sys.exit(status)
+
+
+def image(path: Path) -> None:
+    """Compiles the contract, with comments and imports, into a descriptor set."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _protoc("--include_imports", "--include_source_info", f"--descriptor_set_out={path}", *CONTRACT)
+
+
+def stubs() -> None:
+    """Makes generated/ and docs/api.md anew."""
+    shutil.rmtree(GENERATED, ignore_errors=True)
+    GENERATED.mkdir()
+    _protoc(f"--python_out={GENERATED}", f"--mypy_out=quiet:{GENERATED}", RULES, *CONTRACT)
+    services = [name for name in CONTRACT if name.endswith("_service.proto")]
+    _protoc(f"--grpc_python_out={GENERATED}", f"--mypy_grpc_out=quiet,only_async:{GENERATED}", *services)
+    for package in ("apikeys", "apikeys/v1", "buf", "buf/validate"):
+        (GENERATED / package / "py.typed").touch()
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder) / "image.binpb"
+        image(compiled)
+        REFERENCE.parent.mkdir(exist_ok=True)
+        write_reference(compiled, REFERENCE)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["stubs"]:
+            stubs()
+        case ["image", target]:
+            image(Path(target))
+        case _:
+            sys.exit(__doc__)

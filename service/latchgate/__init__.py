@@ -1,0 +1,1 @@
+"""Latchgate: API keys for gateways."""

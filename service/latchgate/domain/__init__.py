@@ -1,0 +1,1 @@
+"""The rules of API keys, pure: no I/O, no transport, nothing but the standard library."""

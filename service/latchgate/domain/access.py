@@ -1,0 +1,82 @@
+"""Who may call what: the rules between a caller and the organizations, keys and permissions that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from latchgate.domain.errors import (
+    InvalidFieldError,
+    KeyNotFoundError,
+    OrganizationNotFoundError,
+    PermissionMissingError,
+    PermissionNotHeldError,
+    RootRequiredError,
+)
+from latchgate.domain.model import Caller, Key, Scope, ScopeSource
+
+READ_KEYS = "keys:read"
+WRITE_KEYS = "keys:write"
+VALIDATE_KEYS = "keys:validate"
+READ_AUDIT = "audit:read"
+
+MANAGEMENT_SCOPES = (READ_KEYS, WRITE_KEYS, VALIDATE_KEYS, READ_AUDIT)
+
+CORE_SCOPES = tuple(
+    Scope(name=name, description=description, source=ScopeSource.CORE)
+    for name, description in (
+        (READ_KEYS, "Read the organization's keys and scopes."),
+        (WRITE_KEYS, "Create, change, rotate, revoke and delete the organization's keys."),
+        (VALIDATE_KEYS, "Call Validate where the deployment demands a key for it."),
+        (READ_AUDIT, "Read the organization's audit trail."),
+        ("read", "Read access, as the application behind the gateway understands it."),
+        ("write", "Write access, as the application behind the gateway understands it."),
+    )
+)
+
+
+def require(caller: Caller, permission: str) -> None:
+    """Demands a permission. Raises PermissionMissingError."""
+    if not caller.grants.cover(permission):
+        raise PermissionMissingError(f"the calling key lacks the permission {permission}", permission=permission)
+
+
+def require_root(caller: Caller) -> None:
+    """Demands a root key. Raises RootRequiredError."""
+    if not caller.is_root:
+        raise RootRequiredError("only a root key may do this")
+
+
+def require_held(caller: Caller, permissions: Iterable[str]) -> None:
+    """Demands that the caller holds all that it would hand out. Raises PermissionNotHeldError."""
+    lacking = caller.grants.lacking(permissions)
+    if lacking is not None:
+        raise PermissionNotHeldError(
+            f"the calling key lacks {lacking}, and so can not give it to a key", permission=lacking
+        )
+
+
+def organization_for(caller: Caller, requested: str) -> str:
+    """Gives the organization that a call is about: the caller's, or for root the one it names.
+
+    Raises OrganizationNotFoundError for another's, and InvalidFieldError when root names none: root's own organization
+    is never meant by accident.
+    """
+    if caller.is_root:
+        if not requested:
+            raise InvalidFieldError([("organization_id", "must be named by a caller with a root key")])
+        return requested
+    if requested not in ("", caller.organization_id):
+        raise organization_not_found(requested)
+    return caller.organization_id
+
+
+def organization_not_found(organization_id: str) -> OrganizationNotFoundError:
+    """Makes the one answer for organizations that are not there and those that are another's."""
+    return OrganizationNotFoundError(f"organization {organization_id} does not exist")
+
+
+def visible(caller: Caller, key: Key | None, key_id: str) -> Key:
+    """Gives the key if the caller may know of it. Raises KeyNotFoundError."""
+    if key is None or not (caller.is_root or key.organization_id == caller.organization_id):
+        raise KeyNotFoundError(f"key {key_id} does not exist")
+    return key

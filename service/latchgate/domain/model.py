@@ -1,0 +1,318 @@
+"""The values that the rules speak of. All are frozen; all times are timezone-aware."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import Enum
+from ipaddress import IPv4Network, IPv6Network
+
+from latchgate.domain.permissions import Grants
+
+Network = IPv4Network | IPv6Network
+
+ROOT_ORGANIZATION_ID = "org_root"
+DEFAULT_PLAN_ID = "default"
+
+
+class KeyType(Enum):
+    """How a key's token is to be handled."""
+
+    SECRET = "secret"  # noqa: S105 - the name of a type of keys
+    PUBLISHABLE = "publishable"
+
+
+class Environment(Enum):
+    """Which traffic a key is for."""
+
+    LIVE = "live"
+    TEST = "test"
+
+
+class KeyState(Enum):
+    """What a key's life has come to."""
+
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+    EXPIRED = "expired"
+    REVOKED = "revoked"
+    DELETED = "deleted"
+
+
+class Outcome(Enum):
+    """The answer to Validate."""
+
+    VALID = "valid"
+    NOT_FOUND = "not_found"
+    REVOKED = "revoked"
+    INACTIVE = "inactive"
+    EXPIRED = "expired"
+    ORGANIZATION_INACTIVE = "organization_inactive"
+    PERMISSION_DENIED = "permission_denied"
+    ADDRESS_DENIED = "address_denied"
+    RATE_LIMITED = "rate_limited"
+
+
+class ScopeSource(Enum):
+    """Who put a scope into the catalogue."""
+
+    CORE = "core"
+    DEPLOYMENT = "deployment"
+    ORGANIZATION = "organization"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """An entry of the catalogue."""
+
+    name: str
+    description: str = ""
+    source: ScopeSource = ScopeSource.ORGANIZATION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secret:
+    """One token's stored trace, without its digest. `end_time` is when a rotation ends it."""
+
+    hint: str
+    create_time: datetime
+    end_time: datetime | None
+    last_used_time: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """A key as management sees it, at `read_time` of the database's clock.
+
+    `rate_limit_per_minute` of 0 means the plan's. `revision` is that of the key's last change, 0 if there was none.
+    `secrets` holds the newest secret and the one before it, newest first.
+    """
+
+    id: str
+    organization_id: str
+    name: str
+    key_type: KeyType
+    environment: Environment
+    permissions: tuple[str, ...]
+    rate_limit_per_minute: int
+    active: bool
+    user_id: str
+    user_email: str
+    metadata: Mapping[str, str]
+    allowed_cidrs: tuple[str, ...]
+    created_by: str
+    create_time: datetime
+    update_time: datetime
+    expire_time: datetime | None
+    revoke_time: datetime | None
+    revoke_reason: str
+    delete_time: datetime | None
+    last_used_time: datetime | None
+    version: int
+    revision: int
+    read_time: datetime
+    secrets: tuple[Secret, ...]
+
+    @property
+    def etag(self) -> str:
+        """Changes with every change of the key."""
+        return f"v{self.version}"
+
+    @property
+    def is_root(self) -> bool:
+        """Whether the key is one of the service's own."""
+        return self.organization_id == ROOT_ORGANIZATION_ID
+
+    @property
+    def is_expired(self) -> bool:
+        """Whether the key's expiry has come."""
+        return self.expire_time is not None and self.expire_time <= self.read_time
+
+    @property
+    def state(self) -> KeyState:
+        """The first that holds of deleted, revoked, expired, inactive; else active."""
+        if self.delete_time is not None:
+            return KeyState.DELETED
+        if self.revoke_time is not None:
+            return KeyState.REVOKED
+        if self.is_expired:
+            return KeyState.EXPIRED
+        return KeyState.ACTIVE if self.active else KeyState.INACTIVE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyDraft:
+    """A key that a caller asks for."""
+
+    name: str
+    key_type: KeyType = KeyType.SECRET
+    environment: Environment = Environment.LIVE
+    permissions: tuple[str, ...] = ()
+    rate_limit_per_minute: int = 0
+    expire_time: datetime | None = None
+    user_id: str = ""
+    user_email: str = ""
+    metadata: Mapping[str, str]
+    allowed_cidrs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewKey:
+    """A key that is about to be stored."""
+
+    id: str
+    organization_id: str
+    created_by: str
+    draft: KeyDraft
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSecret:
+    """A secret that is about to be stored. `readable_token` is kept for publishable keys alone."""
+
+    digest: bytes
+    hint: str
+    readable_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyFilter:
+    """Which of an organization's keys to list; None matches all."""
+
+    organization_id: str
+    key_type: KeyType | None = None
+    environment: Environment | None = None
+    state: KeyState | None = None
+    user_id: str = ""
+    show_deleted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Named defaults. A rate limit of 0 means none."""
+
+    id: str
+    rate_limit_per_minute: int
+    max_keys: int
+    create_time: datetime
+    update_time: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Organization:
+    """A tenant. `key_count` counts the keys that are neither revoked nor deleted; `max_keys` is its plan's."""
+
+    id: str
+    name: str
+    plan_id: str
+    active: bool
+    scopes: tuple[Scope, ...]
+    key_count: int
+    max_keys: int
+    create_time: datetime
+    update_time: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """Whether a change holds everywhere; `max_remaining` is None when it does."""
+
+    revision: int
+    max_remaining: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Issued:
+    """A key together with the token that is shown this once."""
+
+    key: Key
+    token: str
+    effect: Effect
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changed:
+    """A key after a change."""
+
+    key: Key
+    effect: Effect
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRecord:
+    """What validation needs of one secret, its key, organization and plan. Made once, when it is loaded.
+
+    `rate_limit_per_minute` is the effective one; 0 means none. `end_time` is the earlier of the key's expiry and the
+    secret's end.
+    """
+
+    secret_id: int
+    key_id: str
+    organization_id: str
+    organization_active: bool
+    key_name: str
+    key_type: KeyType
+    environment: Environment
+    permissions: tuple[str, ...]
+    grants: Grants
+    networks: tuple[Network, ...]
+    rate_limit_per_minute: int
+    active: bool
+    revoked: bool
+    expire_time: datetime | None
+    secret_end_time: datetime | None
+    create_time: datetime
+    user_id: str
+    user_email: str
+    metadata: Mapping[str, str]
+
+    @property
+    def end_time(self) -> datetime | None:
+        """When the token stops being good."""
+        ends = [time for time in (self.expire_time, self.secret_end_time) if time is not None]
+        return min(ends, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """What storage said of a digest: the record, or None; the database's clock; the newest change it has seen."""
+
+    record: KeyRecord | None
+    now: datetime
+    revision: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateState:
+    """Where a key stands with its limit. `reset_after_s` is in seconds from now."""
+
+    allowed: bool
+    limit: int
+    remaining: int
+    reset_after_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The answer to Validate. `record` is there for the outcomes that may show who the key is."""
+
+    outcome: Outcome
+    revision: int
+    now: datetime | None = None
+    record: KeyRecord | None = None
+    rate: RateState | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who makes a management call."""
+
+    key_id: str
+    organization_id: str
+    grants: Grants
+
+    @property
+    def is_root(self) -> bool:
+        """Whether the caller holds a root key."""
+        return self.organization_id == ROOT_ORGANIZATION_ID

@@ -1,0 +1,171 @@
+"""What the rules need from the outside, as narrow protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Protocol
+from uuid import UUID
+
+from latchgate.domain.model import (
+    Effect,
+    Environment,
+    Key,
+    KeyFilter,
+    Lookup,
+    NewKey,
+    NewSecret,
+    Organization,
+    Plan,
+    RateState,
+    Scope,
+)
+
+
+class KeyReader(Protocol):
+    """Finds what validation needs to know of a token."""
+
+    async def find(self, digest: bytes) -> Lookup:
+        """Answers from a state no older than the call. Raises StorageUnavailableError."""
+
+
+class Limiter(Protocol):
+    """Keeps keys within their rate limits."""
+
+    def take(self, key_id: str, limit: int, cost: int) -> RateState:
+        """Charges `cost` if it fits within `limit` requests a minute; a refused cost is not charged."""
+
+
+class UsageRecorder(Protocol):
+    """Remembers when secrets were last used."""
+
+    def record(self, secret_id: int, used_time: datetime) -> None:
+        """Takes note, without waiting for storage."""
+
+
+class EffectWaiter(Protocol):
+    """Knows when a change holds everywhere."""
+
+    async def wait(self, revision: int) -> Effect:
+        """Waits until no worker answers from before `revision`, or the caller's deadline comes."""
+
+
+class Sealer(Protocol):
+    """Encrypts the tokens that are kept for a retry, under their request's own id."""
+
+    def seal(self, request_id: UUID, token: str) -> bytes:
+        """Encrypts a token."""
+
+    def open(self, request_id: UUID, sealed: bytes) -> str:
+        """Gives back what `seal` was given."""
+
+
+class IdMaker(Protocol):
+    """Makes ids that sort by the time they were made."""
+
+    def __call__(self, prefix: str) -> str:
+        """Gives a new id that begins with `prefix`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweredRequest:
+    """What is kept of a request that carried a request_id. `sealed_token` is None once it is too old."""
+
+    body_digest: bytes
+    key_id: str
+    revision: int
+    sealed_token: bytes | None
+
+
+class Transaction(Protocol):
+    """One transaction. Locks are taken in the order organization, key, so that no two wait for each other."""
+
+    async def now(self) -> datetime:
+        """The database's clock, fixed for the transaction."""
+
+    async def lock_organization(self, organization_id: str) -> Organization | None:
+        """Reads an organization and keeps others from changing it, or the number of its keys, until the end."""
+
+    async def lock_key(self, key_id: str) -> Key | None:
+        """Reads a key and keeps others from changing it, and its organization, until the end."""
+
+    async def lasting_root_key_ids(self) -> Sequence[str]:
+        """The root keys that are active and set to stay so. Only with the root organization locked."""
+
+    async def insert_key(self, key: NewKey, secret: NewSecret) -> Key:
+        """Stores a key with its first secret, and counts it."""
+
+    async def save_key(self, key: Key, revision: int) -> Key:
+        """Stores a key that was locked with its changed fields; counts it no more once it is revoked."""
+
+    async def rotate_secret(self, key_id: str, secret: NewSecret, grace: timedelta) -> None:
+        """Stores a further secret; ends the newest one after `grace`, and all before it now."""
+
+    async def save_organization(self, organization: Organization) -> Organization:
+        """Stores the changed fields of an organization that was locked. Raises PlanNotFoundError."""
+
+    async def lock_plan(self, plan_id: str) -> Plan | None:
+        """Reads a plan and keeps others from changing it until the end."""
+
+    async def save_plan(self, plan: Plan) -> Plan:
+        """Stores the changed fields of a plan that was locked."""
+
+    async def record_change(self, entity: str, entity_id: str) -> int:
+        """Enters a change that validation can see into the log, and gives its revision.
+
+        From here to the end of the transaction no other change can take a number: revisions follow commits.
+        """
+
+    async def claim_request(self, slot: bytes, body_digest: bytes) -> AnsweredRequest | None:
+        """Reserves a request's slot, after waiting for a twin that is under way; gives what the twin answered."""
+
+    async def answer_request(self, slot: bytes, key_id: str, revision: int, sealed_token: bytes) -> None:
+        """Keeps the answer in a slot that was claimed."""
+
+
+class KeyStore(Protocol):
+    """Keys at rest. Every method raises StorageUnavailableError when the database does not answer."""
+
+    def transaction(self) -> AbstractAsyncContextManager[Transaction]:
+        """Opens a transaction that is committed at the end of the block, and undone if the block raises.
+
+        Raises WriteUnknownError if the connection is lost during the commit.
+        """
+
+    async def get_key(self, key_id: str) -> Key | None:
+        """Reads a key."""
+
+    async def list_keys(self, key_filter: KeyFilter, after: str, count: int) -> Sequence[Key]:
+        """Lists up to `count` keys, newest first, beyond the id `after` (empty: from the newest)."""
+
+    async def publishable_key(self, organization_id: str, environment: Environment) -> tuple[Key, str] | None:
+        """Reads the newest active publishable key, and its token."""
+
+    async def scopes(self, organization_id: str) -> Sequence[Scope] | None:
+        """Reads an organization's own scopes; None if there is no such organization."""
+
+
+class OrganizationStore(Protocol):
+    """Organizations and plans at rest. Every method raises StorageUnavailableError as KeyStore's do."""
+
+    def transaction(self) -> AbstractAsyncContextManager[Transaction]:
+        """Opens a transaction; see KeyStore."""
+
+    async def insert_organization(
+        self, organization_id: str, name: str, plan_id: str, scopes: Sequence[Scope]
+    ) -> Organization:
+        """Stores an organization. Raises OrganizationExistsError and PlanNotFoundError."""
+
+    async def get_organization(self, organization_id: str) -> Organization | None:
+        """Reads an organization."""
+
+    async def list_organizations(self, after: str, count: int) -> Sequence[Organization]:
+        """Lists up to `count` organizations by id, beyond the id `after`."""
+
+    async def insert_plan(self, plan_id: str, rate_limit_per_minute: int, max_keys: int) -> Plan:
+        """Stores a plan. Raises PlanExistsError."""
+
+    async def list_plans(self, after: str, count: int) -> Sequence[Plan]:
+        """Lists up to `count` plans by id, beyond the id `after`."""

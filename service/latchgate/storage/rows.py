@@ -1,0 +1,125 @@
+"""Rows to domain values. The only module that knows the columns' order and names on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from ipaddress import ip_network
+
+import asyncpg
+
+from latchgate.domain.model import (
+    Environment,
+    Key,
+    KeyRecord,
+    KeyType,
+    Network,
+    Organization,
+    Plan,
+    Scope,
+    Secret,
+)
+from latchgate.domain.permissions import Grants
+
+Row = asyncpg.Record
+
+
+def key(row: Row) -> Key:
+    """Reads a key with its newest secrets."""
+    secrets = zip(row["hints"], row["create_times"], row["end_times"], row["used_times"], strict=True)
+    return Key(
+        id=row["id"],
+        organization_id=row["organization_id"],
+        name=row["name"],
+        key_type=KeyType(row["key_type"]),
+        environment=Environment(row["environment"]),
+        permissions=tuple(row["permissions"]),
+        rate_limit_per_minute=row["rate_limit_per_minute"],
+        active=row["active"],
+        user_id=row["user_id"],
+        user_email=row["user_email"],
+        metadata=row["metadata"],
+        allowed_cidrs=tuple(row["allowed_cidrs"]),
+        created_by=row["created_by"],
+        create_time=row["create_time"],
+        update_time=row["update_time"],
+        expire_time=row["expire_time"],
+        revoke_time=row["revoke_time"],
+        revoke_reason=row["revoke_reason"],
+        delete_time=row["delete_time"],
+        last_used_time=row["last_used_time"],
+        version=row["version"],
+        revision=row["revision"],
+        read_time=row["read_time"],
+        secrets=tuple(
+            Secret(hint=hint, create_time=created, end_time=end, last_used_time=used)
+            for hint, created, end, used in secrets
+        ),
+    )
+
+
+@lru_cache(maxsize=10_000)
+def _network(cidr: str) -> Network:
+    return ip_network(cidr)
+
+
+def key_record(row: Row) -> KeyRecord:
+    """Reads what validation needs of a secret."""
+    permissions = tuple(row["permissions"])
+    return KeyRecord(
+        secret_id=row["secret_id"],
+        key_id=row["key_id"],
+        organization_id=row["organization_id"],
+        organization_active=row["organization_active"],
+        key_name=row["key_name"],
+        key_type=KeyType(row["key_type"]),
+        environment=Environment(row["environment"]),
+        permissions=permissions,
+        grants=Grants(permissions),
+        networks=tuple(_network(cidr) for cidr in row["allowed_cidrs"]),
+        rate_limit_per_minute=row["rate_limit_per_minute"],
+        active=row["active"],
+        revoked=row["revoked"],
+        expire_time=row["expire_time"],
+        secret_end_time=row["secret_end_time"],
+        create_time=row["create_time"],
+        user_id=row["user_id"],
+        user_email=row["user_email"],
+        metadata=row["metadata"],
+    )
+
+
+def scopes(value: Sequence[Mapping[str, str]]) -> tuple[Scope, ...]:
+    """Reads an organization's own scopes."""
+    return tuple(Scope(name=each["name"], description=each["description"]) for each in value)
+
+
+def scopes_json(own: Sequence[Scope]) -> list[dict[str, str]]:
+    """Writes an organization's own scopes."""
+    return [{"name": scope.name, "description": scope.description} for scope in own]
+
+
+def organization(row: Row) -> Organization:
+    """Reads an organization with its plan's maximum of keys."""
+    return Organization(
+        id=row["id"],
+        name=row["name"],
+        plan_id=row["plan_id"],
+        active=row["active"],
+        scopes=scopes(row["scopes"]),
+        key_count=row["key_count"],
+        max_keys=row["max_keys"],
+        create_time=row["create_time"],
+        update_time=row["update_time"],
+    )
+
+
+def plan(row: Row) -> Plan:
+    """Reads a plan."""
+    return Plan(
+        id=row["id"],
+        rate_limit_per_minute=row["rate_limit_per_minute"],
+        max_keys=row["max_keys"],
+        create_time=row["create_time"],
+        update_time=row["update_time"],
+    )

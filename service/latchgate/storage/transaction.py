@@ -1,0 +1,151 @@
+"""The domain's transaction, on one connection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+import asyncpg
+
+from latchgate.domain.errors import PlanNotFoundError
+from latchgate.domain.model import Key, NewKey, NewSecret, Organization, Plan
+from latchgate.domain.ports import AnsweredRequest
+from latchgate.storage import queries, rows
+from latchgate.storage.postgres import Connection
+
+TOKEN_KEPT = timedelta(minutes=10)
+
+
+class PostgresTransaction:
+    """Implements latchgate.domain.ports.Transaction."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Takes a connection on which a transaction is open."""
+        self._connection = connection
+
+    async def now(self) -> datetime:
+        """The database's clock, fixed for the transaction."""
+        now: datetime = await self._connection.fetchval("SELECT now()")
+        return now
+
+    async def lock_organization(self, organization_id: str) -> Organization | None:
+        """Reads an organization and keeps others from changing it."""
+        row = await self._connection.fetchrow(queries.ORGANIZATION_LOCK, organization_id)
+        return None if row is None else rows.organization(row)
+
+    async def lock_key(self, key_id: str) -> Key | None:
+        """Locks a key's organization, then the key, and then reads it as the last holder of the lock left it."""
+        if await self._connection.fetchval(queries.KEY_LOCK_ORGANIZATION, key_id) is None:
+            return None
+        await self._connection.execute(queries.KEY_LOCK, key_id)
+        return await self._key(key_id)
+
+    async def lasting_root_key_ids(self) -> Sequence[str]:
+        """The root keys that are active and set to stay so."""
+        return [row["id"] for row in await self._connection.fetch(queries.KEY_LIST_LASTING_ROOT)]
+
+    async def insert_key(self, key: NewKey, secret: NewSecret) -> Key:
+        """Stores a key with its first secret, and counts it."""
+        draft = key.draft
+        await self._connection.execute(
+            queries.KEY_INSERT,
+            key.id,
+            key.organization_id,
+            draft.name,
+            draft.key_type.value,
+            draft.environment.value,
+            draft.permissions,
+            draft.rate_limit_per_minute,
+            draft.user_id,
+            draft.user_email,
+            dict(draft.metadata),
+            draft.allowed_cidrs,
+            key.created_by,
+            draft.expire_time,
+        )
+        await self._insert_secret(key.id, secret)
+        return await self._key(key.id)
+
+    async def save_key(self, key: Key, revision: int) -> Key:
+        """Stores what can change of a key; counts it no more once it is revoked."""
+        await self._connection.execute(
+            queries.KEY_UPDATE,
+            key.id,
+            key.name,
+            key.permissions,
+            key.rate_limit_per_minute,
+            key.active,
+            dict(key.metadata),
+            key.allowed_cidrs,
+            key.expire_time,
+            key.revoke_time,
+            key.revoke_reason,
+            key.delete_time,
+            revision,
+        )
+        return await self._key(key.id)
+
+    async def rotate_secret(self, key_id: str, secret: NewSecret, grace: timedelta) -> None:
+        """Ends the newest secret after `grace` and all before it now, then stores another."""
+        await self._connection.execute(queries.SECRET_END, key_id, grace)
+        await self._insert_secret(key_id, secret)
+
+    async def save_organization(self, organization: Organization) -> Organization:
+        """Stores what can change of an organization."""
+        try:
+            await self._connection.execute(
+                queries.ORGANIZATION_UPDATE,
+                organization.id,
+                organization.name,
+                organization.plan_id,
+                organization.active,
+                rows.scopes_json(organization.scopes),
+            )
+        except asyncpg.ForeignKeyViolationError:
+            raise PlanNotFoundError(f"plan {organization.plan_id} does not exist") from None
+        return rows.organization(_one(await self._connection.fetchrow(queries.ORGANIZATION_GET, organization.id)))
+
+    async def lock_plan(self, plan_id: str) -> Plan | None:
+        """Reads a plan and keeps others from changing it."""
+        row = await self._connection.fetchrow(queries.PLAN_LOCK, plan_id)
+        return None if row is None else rows.plan(row)
+
+    async def save_plan(self, plan: Plan) -> Plan:
+        """Stores what can change of a plan."""
+        row = await self._connection.fetchrow(queries.PLAN_UPDATE, plan.id, plan.rate_limit_per_minute, plan.max_keys)
+        return rows.plan(_one(row))
+
+    async def record_change(self, entity: str, entity_id: str) -> int:
+        """Takes the lock that orders changes, and only then a number."""
+        await self._connection.execute(queries.CHANGE_LOCK_TAKE, queries.CHANGE_LOCK)
+        revision: int = await self._connection.fetchval(queries.CHANGE_INSERT, entity, entity_id)
+        return revision
+
+    async def claim_request(self, slot: bytes, body_digest: bytes) -> AnsweredRequest | None:
+        """Reserves a slot; a twin that is under way is waited for by the unique index."""
+        if await self._connection.fetchval(queries.REQUEST_CLAIM, slot, body_digest) is not None:
+            return None
+        row = _one(await self._connection.fetchrow(queries.REQUEST_GET, slot, TOKEN_KEPT))
+        return AnsweredRequest(
+            body_digest=row["body_digest"],
+            key_id=row["key_id"],
+            revision=row["revision"],
+            sealed_token=row["sealed_token"],
+        )
+
+    async def answer_request(self, slot: bytes, key_id: str, revision: int, sealed_token: bytes) -> None:
+        """Keeps the answer in a slot that was claimed."""
+        await self._connection.execute(queries.REQUEST_ANSWER, slot, key_id, revision, sealed_token)
+
+    async def _insert_secret(self, key_id: str, secret: NewSecret) -> None:
+        await self._connection.execute(queries.SECRET_INSERT, secret.digest, key_id, secret.hint, secret.readable_token)
+
+    async def _key(self, key_id: str) -> Key:
+        return rows.key(_one(await self._connection.fetchrow(queries.KEY_GET, key_id)))
+
+
+def _one(row: asyncpg.Record | None) -> asyncpg.Record:
+    """Gives a row that must be there, because the transaction holds it."""
+    if row is None:
+        raise LookupError("a row that this transaction holds is gone")
+    return row

@@ -1,0 +1,49 @@
+"""Last-used times: gathered in memory, written in batches, never one write a call."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from latchgate.domain.errors import StorageUnavailableError
+from latchgate.storage import queries
+from latchgate.storage.postgres import Database
+
+FLUSH_ROWS = 5000
+
+
+class UsageBuffer:
+    """Implements latchgate.domain.ports.UsageRecorder. A crash loses what came since the last flush."""
+
+    def __init__(self, database: Database) -> None:
+        """Takes where to write."""
+        self._database = database
+        self._used: dict[int, datetime] = {}
+
+    @property
+    def pending(self) -> int:
+        """How many secrets have a time that is not written yet."""
+        return len(self._used)
+
+    def record(self, secret_id: int, used_time: datetime) -> None:
+        """Takes note of a use."""
+        self._used[secret_id] = used_time
+
+    async def flush(self) -> None:
+        """Writes what has gathered. What can not be written is kept for the next time."""
+        used, self._used = self._used, {}
+        batch = sorted(used.items())
+        while batch:
+            part, batch = batch[:FLUSH_ROWS], batch[FLUSH_ROWS:]
+            try:
+                await self._write(part)
+            except StorageUnavailableError:
+                self._used = dict([*part, *batch]) | self._used
+                raise
+
+    async def _write(self, part: list[tuple[int, datetime]]) -> None:
+        async with self._database.transaction() as connection:
+            # A crash of the server may lose the last moments' times; waiting for the disk would be the higher price.
+            await connection.execute("SET LOCAL synchronous_commit = off")
+            await connection.execute(
+                queries.LAST_USED_UPDATE, [secret_id for secret_id, _ in part], [time for _, time in part]
+            )
