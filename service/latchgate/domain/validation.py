@@ -29,6 +29,7 @@ class ForeignLookupBudget:
         self._remembered = remembered
         self._known: OrderedDict[bytes, None] = OrderedDict()
         self._left = per_second
+        self.refused = 0
         self._filled_s = monotonic()
 
     def spend(self, token_digest: bytes) -> bool:
@@ -40,6 +41,7 @@ class ForeignLookupBudget:
         self._left = min(self._per_second, self._left + (now - self._filled_s) * self._per_second)
         self._filled_s = now
         if self._left < 1:
+            self.refused += 1
             return False
         self._left -= 1
         return True

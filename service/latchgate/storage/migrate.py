@@ -42,6 +42,8 @@ async def migrate(dsn: str) -> tuple[str | None, str]:
         with translated(), _unwrapped():
             async with engine.connect() as connection:
                 return await connection.run_sync(_upgrade)
+    except asyncpg.ClientConfigurationError:
+        raise SchemaError("LATCHGATE_DATABASE_URL: can not be read; write postgresql://user@host:5432/name") from None
     finally:
         await engine.dispose()
 
@@ -60,8 +62,9 @@ def _unwrapped() -> Iterator[None]:
 
 def _upgrade(connection: Connection) -> tuple[str | None, str]:
     version = connection.dialect.server_version_info
-    if version and version[0] < OLDEST_SERVER:
-        raise SchemaError(f"PostgreSQL {version[0]} is too old; latchgate needs {OLDEST_SERVER} or newer")
+    major = int(version[0]) if version else 0
+    if major < OLDEST_SERVER:
+        raise SchemaError(f"PostgreSQL {major} is too old; latchgate needs {OLDEST_SERVER} or newer")
     # The lock is the session's, so that it outlives each migration's transaction; closing the connection gives it back.
     connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": queries.MIGRATION_LOCK})
     connection.commit()

@@ -6,15 +6,16 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import TypeAlias
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from latchgate.domain.errors import StorageUnavailableError, WriteUnknownError
-from latchgate.storage import queries
 
-Connection = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
-Pool = asyncpg.Pool[asyncpg.Record]
+# The driver's classes are generic to the type checker alone.
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
 CONNECT_TIMEOUT_S = 2.0
 ACQUIRE_TIMEOUT_S = 2.0
@@ -61,8 +62,8 @@ def translated() -> Iterator[None]:
     """
     try:
         yield
-    except asyncpg.DataError:
-        # A value that a column can not hold is a fault of ours, though the driver files it under its interface.
+    except (asyncpg.DataError, asyncpg.ClientConfigurationError):
+        # A value that a column can not hold, or an address that is none: faults that waiting does not mend.
         raise
     except _AWAY as error:
         raise StorageUnavailableError(f"the database is not available ({type(error).__name__})") from None
@@ -145,15 +146,6 @@ class Database:
                     await _roll_back(connection, transaction)
                     raise
                 await _commit(transaction)
-
-    async def is_writable(self, timeout_s: float) -> bool:
-        """Says whether the database answers within `timeout_s` and is not a standby."""
-        try:
-            with translated():
-                async with self.management.acquire(timeout=timeout_s) as connection:
-                    return not await connection.fetchval(queries.DATABASE_PROBE, timeout=timeout_s)
-        except StorageUnavailableError:
-            return False
 
 
 async def _roll_back(connection: Connection, transaction: asyncpg.transaction.Transaction) -> None:

@@ -1,0 +1,5 @@
+"""Runs the command line: `python -m latchgate`."""
+
+from latchgate.cli import main
+
+main()

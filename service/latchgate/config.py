@@ -1,0 +1,191 @@
+"""Settings, from the environment: read once, checked once, frozen."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from latchgate.domain.model import Environment, KeyType, Scope, ScopeSource
+from latchgate.domain.token import FOREIGN_MAX_LENGTH, Prefixes
+
+PREFIX = "LATCHGATE_"
+MIN_SECRET_LENGTH = 32
+# Kubernetes makes variables of these forms for every service by the name of `latchgate`; they are none of ours.
+_FROM_KUBERNETES = re.compile(r"^LATCHGATE(_SERVICE_(HOST|PORT.*)|_PORT(_.*)?)$")
+
+
+class SettingsError(Exception):
+    """A setting is wrong. The message is one line that names the variable and never holds a secret value."""
+
+
+class LogFormat(Enum):
+    """How log lines are written."""
+
+    JSON = "json"
+    CONSOLE = "console"
+
+
+class LogLevel(Enum):
+    """From which severity on lines are logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class ValidateAccess(Enum):
+    """Who may call Validate."""
+
+    OPEN = "open"
+    AUTHENTICATED = "authenticated"
+
+
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - the largest port
+        raise ValueError("must be host:port, such as 127.0.0.1:50051 or [::1]:50051")
+    return value
+
+
+def _database_url(value: SecretStr) -> SecretStr:
+    if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+        raise ValueError("must begin with postgresql://")
+    return value
+
+
+def _long_enough(value: SecretStr) -> SecretStr:
+    length = len(value.get_secret_value())
+    if not MIN_SECRET_LENGTH <= length <= FOREIGN_MAX_LENGTH:
+        raise ValueError(f"must be {MIN_SECRET_LENGTH} to {FOREIGN_MAX_LENGTH} characters long; this is {length}")
+    return value
+
+
+def _prefix(value: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,29}_", value):
+        raise ValueError("must be at most 31 lower-case letters, digits and `_`, the first a letter and the last a `_`")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_address)]
+Secret = Annotated[SecretStr, AfterValidator(_long_enough)]
+TokenPrefix = Annotated[str, AfterValidator(_prefix)]
+
+
+class Settings(BaseSettings):
+    """All settings. Each is the environment variable `LATCHGATE_` and its name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, env_ignore_empty=True, extra="ignore")
+
+    database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = None
+    data_dir: Path = Path(".latchgate")
+    pool_size: int = Field(default=10, ge=1, le=1000)
+    listen: Address = "127.0.0.1:50051"
+    metrics_listen: Address = "127.0.0.1:9464"
+    root_token: Secret | None = None
+    tag_key: Secret | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    allow_plaintext: bool = False
+    validate_access: ValidateAccess = ValidateAccess.OPEN
+    scopes_file: Path | None = None
+    prefix_secret_live: TokenPrefix = "lk_"  # noqa: S105 - a prefix is public
+    prefix_secret_test: TokenPrefix = "lk_test_"  # noqa: S105 - a prefix is public
+    prefix_publishable_live: TokenPrefix = "lk_pk_"
+    prefix_publishable_test: TokenPrefix = "lk_pk_test_"
+    usage_flush_seconds: float = Field(default=5.0, gt=0, le=3600)
+    drain_seconds: float = Field(default=20.0, ge=0, le=3600)
+    log_level: LogLevel = LogLevel.INFO
+    log_format: LogFormat = LogFormat.CONSOLE
+
+    @property
+    def token_prefixes(self) -> Prefixes:
+        """The prefix of each type and environment."""
+        return {
+            (KeyType.SECRET, Environment.LIVE): self.prefix_secret_live,
+            (KeyType.SECRET, Environment.TEST): self.prefix_secret_test,
+            (KeyType.PUBLISHABLE, Environment.LIVE): self.prefix_publishable_live,
+            (KeyType.PUBLISHABLE, Environment.TEST): self.prefix_publishable_test,
+        }
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("LATCHGATE_TLS_CERT and LATCHGATE_TLS_KEY: must be set together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("LATCHGATE_TLS_CLIENT_CA: needs LATCHGATE_TLS_CERT and LATCHGATE_TLS_KEY")
+        if self.tls_cert is None and not self.allow_plaintext and not _is_loopback(self.listen):
+            raise ValueError(
+                f"LATCHGATE_LISTEN: {self.listen} can be reached from other machines, and tokens would cross the "
+                "network in plain text; set LATCHGATE_TLS_CERT and LATCHGATE_TLS_KEY, or LATCHGATE_ALLOW_PLAINTEXT=true"
+            )
+        if len(set(self.token_prefixes.values())) != len(self.token_prefixes):
+            raise ValueError("LATCHGATE_PREFIX_SECRET_LIVE and the other three: must all differ")
+        return self
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load(**overrides: Any) -> Settings:
+    """Reads the settings. Raises SettingsError."""
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        raise SettingsError(_first_line(error)) from None
+
+
+def _first_line(error: ValidationError) -> str:
+    """Writes the first problem in one line, without the value: it may be a secret."""
+    problem = error.errors(include_input=False, include_url=False)[0]
+    message = problem["msg"].removeprefix("Value error, ")
+    name = PREFIX + str(problem["loc"][0]).upper() if problem["loc"] else ""
+    return f"{name}: {message}" if name else message
+
+
+def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Lists variables that begin like ours and are none: most likely a slip of the pen."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    return sorted(
+        name
+        for name in environment
+        if name.startswith(PREFIX) and name not in known and not _FROM_KUBERNETES.match(name)
+    )
+
+
+def load_scopes(path: Path | None) -> tuple[Scope, ...]:
+    """Reads the deployment's own scopes: a TOML file with a table `scopes` of names and descriptions.
+
+    Raises SettingsError.
+    """
+    if path is None:
+        return ()
+    try:
+        table = tomllib.loads(path.read_text())["scopes"]
+    except OSError as error:
+        raise SettingsError(f"LATCHGATE_SCOPES_FILE: {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError):
+        raise SettingsError(f"LATCHGATE_SCOPES_FILE: {path}: must be TOML with a table [scopes]") from None
+    for name, description in table.items():
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*(:[a-z0-9][a-z0-9_.-]*)*", name) or not isinstance(description, str):
+            raise SettingsError(
+                f'LATCHGATE_SCOPES_FILE: {path}: {name!r} must be written as "orders:read" = "What it allows."'
+            )
+    return tuple(
+        Scope(name=name, description=description, source=ScopeSource.DEPLOYMENT) for name, description in table.items()
+    )

@@ -1,0 +1,138 @@
+"""Log lines and metrics: how they are written, and their names."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.registry import Collector
+
+from latchgate.domain.model import Outcome
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+# The last line of defence, not the first: nothing hands a token or a connection string to a logger.
+_SECRET = re.compile(r"\b[a-z][a-z0-9_]*_[0-9A-Za-z]{40}\b|postgres(?:ql)?://\S+|[Bb]earer\s+\S+")
+_REDACTED = "[redacted]"
+
+
+def _redact(value: Any) -> Any:
+    if isinstance(value, str):
+        return _SECRET.sub(_REDACTED, value)
+    if isinstance(value, dict):
+        return {name: _redact(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redact(each) for each in value]
+    return value
+
+
+def _redact_event(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    return {name: _redact(value) for name, value in event.items()}
+
+
+def configure_logging(*, level: str, as_json: bool) -> None:
+    """Sends all log lines, the libraries' too, to standard error: one JSON object each, or coloured for people."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _redact_event,
+    ]
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    # Not the libraries' tracebacks: what an exception says may hold what was sent.
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                _without_traceback,
+                renderer,
+            ],
+        )
+    )
+    logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
+
+
+def _without_traceback(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    info = event.pop("exc_info", None)
+    if info:
+        error = info[0] if isinstance(info, tuple) else type(info)
+        event["error"] = getattr(error, "__name__", str(error))
+    return event
+
+
+class Metrics:
+    """All metrics, on a registry of their own. Implements the observers that rpc and storage tell."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        """Registers the metrics."""
+        self.registry = registry
+        self._calls = Counter(
+            "latchgate_calls", "Calls by method and gRPC status.", ["method", "code"], registry=registry
+        )
+        self._call_seconds = Histogram(
+            "latchgate_call_seconds", "Time to answer a call.", ["method"], buckets=_SECONDS, registry=registry
+        )
+        self._outcomes = Counter("latchgate_outcomes", "Answers of Validate.", ["outcome"], registry=registry)
+        self._lookups = Counter(
+            "latchgate_lookups", "Digests asked of the database: answered or error.", ["result"], registry=registry
+        )
+        self._batch_size = Histogram(
+            "latchgate_lookup_batch_size",
+            "Digests in a statement.",
+            buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500),
+            registry=registry,
+        )
+        self._lookup_seconds = Histogram(
+            "latchgate_lookup_seconds", "Time of a lookup statement.", buckets=_SECONDS, registry=registry
+        )
+        self._outcome_counters = {outcome: self._outcomes.labels(outcome=outcome.name) for outcome in Outcome}
+        self._answered = self._lookups.labels(result="answered")
+        self._failed = self._lookups.labels(result="error")
+        self._by_call: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self.database_up = Gauge(
+            "latchgate_database_up",
+            "Whether the database answers and can be written (1) or not (0).",
+            registry=registry,
+        )
+
+    def finished(self, method: str, code: str, seconds: float) -> None:
+        """A call of `method` ended with the gRPC status `code`."""
+        known = self._by_call.get((method, code))
+        if known is None:
+            known = self._calls.labels(method=method, code=code), self._call_seconds.labels(method=method)
+            self._by_call[method, code] = known
+        known[0].inc()
+        known[1].observe(seconds)
+
+    def outcome(self, outcome: Outcome) -> None:
+        """A token was judged."""
+        self._outcome_counters[outcome].inc()
+
+    def batch(self, size: int, seconds: float) -> None:
+        """A statement for `size` digests was answered after `seconds`."""
+        self._answered.inc(size)
+        self._batch_size.observe(size)
+        self._lookup_seconds.observe(seconds)
+
+    def failed(self, size: int) -> None:
+        """A statement for `size` digests was not answered."""
+        self._failed.inc(size)
+
+    def watch(self, collector: Collector) -> None:
+        """Adds figures that are read when they are scraped."""
+        self.registry.register(collector)

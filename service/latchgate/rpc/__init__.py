@@ -1,0 +1,1 @@
+"""grpc.aio in front of the domain."""

@@ -1,0 +1,200 @@
+"""What happens around every call: parsing, the caller's identity, errors, one log line, metrics.
+
+The handlers are bound without grpc's interceptor chain, which costs every call some microseconds and would hand the
+caller over through a context: here a handler is given its request and its caller, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+
+from latchgate.domain.callers import caller_of
+from latchgate.domain.errors import (
+    CredentialsInvalidError,
+    CredentialsMissingError,
+    LatchgateError,
+    StorageUnavailableError,
+)
+from latchgate.domain.model import Caller
+from latchgate.domain.validation import Validator
+from latchgate.rpc.observers import CallObserver
+from latchgate.rpc.peers import peer_address
+from latchgate.rpc.requests import check_rules, parse
+from latchgate.rpc.status import code_and_reason, internal_status, status_of
+
+Context = grpc.aio.ServicerContext[Any, Any]
+ManagementHandler = Callable[[Any, Any, Caller], Awaitable[Message]]
+ValidationHandler = Callable[[Any, Any, Caller | None], Awaitable[Message]]
+Behaviour = Callable[[bytes, Context], Awaitable[Message | None]]
+
+_BEARER = "bearer"
+_log = structlog.get_logger("latchgate.rpc")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """What stands behind the handlers: who judges the callers' tokens, and the services by their full names."""
+
+    validator: Validator
+    services: Mapping[str, object]
+
+
+class Pipeline:
+    """Wraps handlers into behaviours that grpc can call with bytes.
+
+    The server listens before its database is there; until `connect` is called every call is UNAVAILABLE.
+    """
+
+    def __init__(self, observer: CallObserver, *, is_validate_open: bool) -> None:
+        """Takes who is told of calls, and whether Validate may be called by anyone."""
+        self._observer = observer
+        self._is_validate_open = is_validate_open
+        self._backend: Backend | None = None
+
+    def connect(self, backend: Backend) -> None:
+        """Lets calls through."""
+        self._backend = backend
+
+    def _connected(self) -> Backend:
+        if self._backend is None:
+            raise StorageUnavailableError("the service is starting and waits for its database")
+        return self._backend
+
+    def management(self, method: MethodDescriptor, handler: ManagementHandler) -> Behaviour:
+        """Wraps a handler whose callers must be known and whose calls are logged."""
+        name, service, request_type = _described(method)
+
+        async def behave(raw: bytes, context: Context) -> Message | None:
+            call = _Call(name, context)
+            try:
+                backend = self._connected()
+                call.caller = await _identify(backend, context)
+                request = parse(request_type, raw)
+                check_rules(request)
+                return await handler(backend.services[service], request, call.caller)
+            except BaseException as error:  # noqa: BLE001 - every end of a call is told of; _refuse raises again
+                await call.refuse(error)
+            finally:
+                call.log()
+                self._observer.finished(name, call.code.name, call.seconds())
+
+        return behave
+
+    def validation(self, method: MethodDescriptor, handler: ValidationHandler) -> Behaviour:
+        """Wraps a handler of the hot path: no rules but its own, no log line for an answer."""
+        name, service, request_type = _described(method)
+
+        async def behave(raw: bytes, context: Context) -> Message | None:
+            start_s = time.perf_counter()
+            code = grpc.StatusCode.OK
+            try:
+                backend = self._connected()
+                caller = None if self._is_validate_open else await _identify(backend, context)
+                return await handler(backend.services[service], parse(request_type, raw), caller)
+            except BaseException as error:  # noqa: BLE001 - as above
+                call = _Call(name, context)
+                try:
+                    await call.refuse(error)
+                finally:
+                    code = call.code
+                    if code is grpc.StatusCode.INTERNAL:
+                        call.log()
+            finally:
+                self._observer.finished(name, code.name, time.perf_counter() - start_s)
+
+        return behave
+
+
+def _described(method: MethodDescriptor) -> tuple[str, str, type[Message]]:
+    """Gives the name of a method for people, the full name of its service, and the class of its requests."""
+    service = method.containing_service
+    return f"{service.name}/{method.name}", service.full_name, GetMessageClass(method.input_type)
+
+
+async def _identify(backend: Backend, context: Context) -> Caller:
+    client_ip = peer_address(context.peer())
+    return caller_of(await backend.validator.validate(_bearer_token(context), client_ip=client_ip))
+
+
+class _Call:
+    """What the log line of one call says."""
+
+    def __init__(self, method: str, context: Context) -> None:
+        self._method = method
+        self._context = context
+        self._start_s = time.perf_counter()
+        self._facts: dict[str, object] = {}
+        self.caller: Caller | None = None
+        self.code = grpc.StatusCode.OK
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start_s
+
+    async def refuse(self, error: BaseException) -> NoReturn:
+        """Ends the call with the status that the error has. Always raises."""
+        if isinstance(error, LatchgateError):
+            self.code, reason = code_and_reason(error)
+            self._facts["reason"] = reason
+            await self._abort(status_of(error))
+        if isinstance(error, asyncio.CancelledError):
+            self.code = grpc.StatusCode.CANCELLED
+            raise error
+        if not isinstance(error, Exception):
+            raise error
+        self.code = grpc.StatusCode.INTERNAL
+        incident = secrets.token_hex(4)
+        # Not the error's text: it may hold what was sent, or what a row holds.
+        self._facts |= {"incident": incident, "error": type(error).__name__, "where": _where(error)}
+        await self._abort(internal_status(incident))
+
+    async def _abort(self, status: status_pb2.Status) -> NoReturn:
+        # grpc.aio has no abort_with_status; the details travel in the trailer that it would have filled.
+        packed = rpc_status.to_status(status)
+        await self._context.abort(packed.code, packed.details, packed.trailing_metadata)
+        raise AssertionError("a call that is aborted does not go on")
+
+    def log(self) -> None:
+        """Writes the one line of the call."""
+        caller = self.caller
+        level = _log.error if self.code is grpc.StatusCode.INTERNAL else _log.info
+        level(
+            "call",
+            method=self._method,
+            code=self.code.name,
+            duration_ms=round(self.seconds() * 1000, 2),
+            peer=peer_address(self._context.peer()),
+            caller=caller.key_id if caller else None,
+            organization=caller.organization_id if caller else None,
+            **self._facts,
+        )
+
+
+def _where(error: BaseException) -> list[str]:
+    """Gives the places that an error came through, innermost last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames[-6:]]
+
+
+def _bearer_token(context: Context) -> str:
+    """Gives the token of the `authorization` header (RFC 6750). Raises an UnauthenticatedError."""
+    values = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
+    if not values:
+        raise CredentialsMissingError("this method needs the metadata `authorization: Bearer <token>`")
+    scheme, _, token = str(values[0]).partition(" ")
+    if len(values) > 1 or scheme.lower() != _BEARER or not token.strip():
+        raise CredentialsInvalidError("the metadata must hold `authorization: Bearer <token>`, once")
+    return token.strip()

@@ -1,0 +1,111 @@
+"""The gRPC server: its limits, its services, health and reflection."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from apikeys.v1 import key_service_pb2, organization_service_pb2
+from latchgate.rpc.key_service import KeyService
+from latchgate.rpc.organization_service import OrganizationService
+from latchgate.rpc.pipeline import Pipeline
+
+KEY_SERVICE: Final = key_service_pb2.DESCRIPTOR.services_by_name["KeyService"]
+ORGANIZATION_SERVICE: Final = organization_service_pb2.DESCRIPTOR.services_by_name["OrganizationService"]
+SERVICES: Final = (KEY_SERVICE, ORGANIZATION_SERVICE)
+
+_HOT_METHODS: Final = frozenset({"Validate", "BatchValidate"})
+
+# A request of 100 tokens of any sane length fits; a token of 1 MB fits too, and is told that it is none.
+MAX_REQUEST_BYTES: Final = 4 * 1024 * 1024
+MAX_RESPONSE_BYTES: Final = 16 * 1024 * 1024
+
+OPTIONS: Final[Sequence[tuple[str, int]]] = (
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
+    # Headers up to 16 KiB are always taken, beyond 64 KiB never.
+    ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.absolute_max_metadata_size", 64 * 1024),
+    ("grpc.max_concurrent_streams", 1000),
+    # Long-lived connections end after ten minutes or so (grpc adds jitter), so that clients spread over new servers.
+    ("grpc.max_connection_age_ms", 600_000),
+    ("grpc.max_connection_age_grace_ms", 30_000),
+    # Find clients that are gone.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Let clients ping as often as grpc-go (10 s) and Envoy (as configured) may, with nothing under way too.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # Two servers must not share a port by accident.
+    ("grpc.so_reuseport", 0),
+)
+
+
+class ListenError(Exception):
+    """The address can not be listened on. The message names it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RpcServer:
+    """A server with its health servicer."""
+
+    server: grpc.aio.Server
+    health: health.aio.HealthServicer
+    port: int
+
+    async def set_serving(self, *, is_serving: bool) -> None:
+        """Tells health checks whether the service can answer."""
+        status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", *(service.full_name for service in SERVICES)):
+            await self.health.set(service, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Says NOT_SERVING for good, takes no new calls, and gives those under way `grace_s` seconds to finish."""
+        await self.health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+
+def make_server(
+    *,
+    pipeline: Pipeline,
+    listen: str,
+    credentials: grpc.ServerCredentials | None,
+) -> RpcServer:
+    """Makes a server that is ready to be started on `listen`; its health is NOT_SERVING. Raises ListenError."""
+    server = grpc.aio.server(options=OPTIONS)
+    server.add_generic_rpc_handlers((_bind(KEY_SERVICE, KeyService, pipeline),))
+    server.add_generic_rpc_handlers((_bind(ORGANIZATION_SERVICE, OrganizationService, pipeline),))
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    names = [*(service.full_name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME]
+    reflection.enable_server_reflection(names, server)
+    try:
+        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
+    except RuntimeError:
+        raise ListenError(f"{listen} can not be listened on: it is in use, or is no address of this machine") from None
+    return RpcServer(server=server, health=health_servicer, port=port)
+
+
+def _bind(
+    service: ServiceDescriptor, implementation: type[KeyService | OrganizationService], pipeline: Pipeline
+) -> grpc.GenericRpcHandler:
+    """Binds every method of a service; one that is not implemented fails here, at the start."""
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+    for method in service.methods:
+        handler = getattr(implementation, re.sub(r"(?<=[a-z])(?=[A-Z])", "_", method.name).lower())
+        wrap = pipeline.validation if method.name in _HOT_METHODS else pipeline.management
+        handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+            wrap(method, handler),
+            # Requests are parsed within the behaviour, so that unreadable ones are answered like all other errors.
+            request_deserializer=None,
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        )
+    return grpc.method_handlers_generic_handler(service.full_name, handlers)

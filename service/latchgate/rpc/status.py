@@ -1,0 +1,103 @@
+"""One table: from domain errors to gRPC codes and the reasons that clients branch on."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from apikeys.v1 import error_reason_pb2
+from latchgate.domain import errors
+
+DOMAIN: Final = "latchgate"
+REASON_PREFIX: Final = "ERROR_REASON_"
+
+_Reason = error_reason_pb2.ErrorReason
+
+_TABLE: Final[dict[type[errors.LatchgateError], tuple[grpc.StatusCode, error_reason_pb2.ErrorReason.ValueType]]] = {
+    errors.MalformedRequestError: (grpc.StatusCode.INVALID_ARGUMENT, _Reason.ERROR_REASON_MALFORMED_REQUEST),
+    errors.InvalidFieldError: (grpc.StatusCode.INVALID_ARGUMENT, _Reason.ERROR_REASON_INVALID_FIELD),
+    errors.PageTokenError: (grpc.StatusCode.INVALID_ARGUMENT, _Reason.ERROR_REASON_PAGE_TOKEN_INVALID),
+    errors.ScopeUnknownError: (grpc.StatusCode.INVALID_ARGUMENT, _Reason.ERROR_REASON_SCOPE_UNKNOWN),
+    errors.CredentialsMissingError: (grpc.StatusCode.UNAUTHENTICATED, _Reason.ERROR_REASON_CREDENTIALS_MISSING),
+    errors.CredentialsInvalidError: (grpc.StatusCode.UNAUTHENTICATED, _Reason.ERROR_REASON_CREDENTIALS_INVALID),
+    errors.OrganizationInactiveError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_ORGANIZATION_INACTIVE),
+    errors.AddressDeniedError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_ADDRESS_DENIED),
+    errors.PermissionMissingError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_PERMISSION_MISSING),
+    errors.RootRequiredError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_ROOT_REQUIRED),
+    errors.PermissionNotHeldError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_PERMISSION_NOT_HELD),
+    errors.CallerRateLimitedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _Reason.ERROR_REASON_CALLER_RATE_LIMITED),
+    errors.KeyNotFoundError: (grpc.StatusCode.NOT_FOUND, _Reason.ERROR_REASON_KEY_NOT_FOUND),
+    errors.OrganizationNotFoundError: (grpc.StatusCode.NOT_FOUND, _Reason.ERROR_REASON_ORGANIZATION_NOT_FOUND),
+    errors.PlanNotFoundError: (grpc.StatusCode.NOT_FOUND, _Reason.ERROR_REASON_PLAN_NOT_FOUND),
+    errors.OrganizationExistsError: (grpc.StatusCode.ALREADY_EXISTS, _Reason.ERROR_REASON_ORGANIZATION_EXISTS),
+    errors.PlanExistsError: (grpc.StatusCode.ALREADY_EXISTS, _Reason.ERROR_REASON_PLAN_EXISTS),
+    errors.RequestIdReusedError: (grpc.StatusCode.ALREADY_EXISTS, _Reason.ERROR_REASON_REQUEST_ID_REUSED),
+    errors.RequestIdExpiredError: (grpc.StatusCode.ALREADY_EXISTS, _Reason.ERROR_REASON_REQUEST_ID_EXPIRED),
+    errors.EtagMismatchError: (grpc.StatusCode.ABORTED, _Reason.ERROR_REASON_ETAG_MISMATCH),
+    errors.KeyRevokedError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_KEY_REVOKED),
+    errors.KeyDeletedError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_KEY_DELETED),
+    errors.KeyExpiredError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_KEY_EXPIRED),
+    errors.LastRootKeyError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_LAST_ROOT_KEY),
+    errors.RootOrganizationError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_ROOT_ORGANIZATION),
+    errors.RevisionUnknownError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_REVISION_UNKNOWN),
+    errors.KeyLimitReachedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _Reason.ERROR_REASON_KEY_LIMIT_REACHED),
+    errors.StorageUnavailableError: (grpc.StatusCode.UNAVAILABLE, _Reason.ERROR_REASON_STORAGE_UNAVAILABLE),
+    errors.WriteUnknownError: (grpc.StatusCode.UNAVAILABLE, _Reason.ERROR_REASON_WRITE_UNKNOWN),
+    errors.LookupBudgetError: (grpc.StatusCode.UNAVAILABLE, _Reason.ERROR_REASON_LOOKUP_BUDGET_EXCEEDED),
+}
+
+
+def code_and_reason(error: errors.LatchgateError) -> tuple[grpc.StatusCode, str]:
+    """Gives the gRPC code and the reason of an error."""
+    code, reason = _TABLE[type(error)]
+    return code, _Reason.Name(reason).removeprefix(REASON_PREFIX)
+
+
+def status_of(error: errors.LatchgateError) -> status_pb2.Status:
+    """Gives the status that a client is sent: code, message, reason, and the details that go with it."""
+    code, reason = code_and_reason(error)
+    status = _status(code, error.message, reason, dict(error.details))
+    if isinstance(error, errors.InvalidFieldError):
+        _attach(
+            status,
+            error_details_pb2.BadRequest(
+                field_violations=[
+                    error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
+                    for field, description in error.violations
+                ]
+            ),
+        )
+    if isinstance(error, errors.CallerRateLimitedError):
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        _attach(status, error_details_pb2.RetryInfo(retry_delay=delay))
+    return status
+
+
+def internal_status(incident: str) -> status_pb2.Status:
+    """Gives the status for a fault of the service: nothing of it but the number under which the log has it."""
+    return _status(
+        grpc.StatusCode.INTERNAL,
+        f"the service failed; its log has the details under incident {incident}",
+        _Reason.Name(_Reason.ERROR_REASON_INTERNAL).removeprefix(REASON_PREFIX),
+        {"incident": incident},
+    )
+
+
+def _status(code: grpc.StatusCode, message: str, reason: str, metadata: dict[str, str]) -> status_pb2.Status:
+    number: int = code.value[0]
+    status = status_pb2.Status(code=number, message=message)
+    _attach(status, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
+    return status
+
+
+def _attach(
+    status: status_pb2.Status,
+    detail: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
+) -> None:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    status.details.append(packed)

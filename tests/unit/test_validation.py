@@ -1,0 +1,615 @@
+"""Validation: a token and what a request needs become a verdict."""
+# ruff: noqa: SIM300 - tests compare expected == actual
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timedelta
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from latchgate.domain.errors import (
+    InvalidFieldError,
+    LookupBudgetError,
+    RevisionUnknownError,
+    StorageUnavailableError,
+)
+from latchgate.domain.model import Environment, KeyRecord, KeyType, Lookup, Outcome, RateState, Verdict
+from latchgate.domain.ratelimit import WindowLimiter
+from latchgate.domain.rules import normal_cidrs
+from latchgate.domain.token import TokenFormat, digest
+from latchgate.domain.validation import MAX_COST, ForeignLookupBudget, Validator
+from support.records import INSTANT, KEY_RECORD, NOW, ManualClock, bound_to, granting
+
+CONTRACT = Path(__file__).parents[2] / "protos/apikeys/v1/key_service.proto"
+REVISION = 42
+
+TOKENS = TokenFormat(bytes(range(32)))
+TOKEN = TOKENS.mint(KeyType.SECRET, Environment.LIVE).token
+FOREIGN_TOKEN = "sk_live_51H8xYzKq2mN4pR6sT8uV0wX"
+
+ORDER = (
+    Outcome.NOT_FOUND,
+    Outcome.REVOKED,
+    Outcome.EXPIRED,
+    Outcome.INACTIVE,
+    Outcome.ORGANIZATION_INACTIVE,
+    Outcome.ADDRESS_DENIED,
+    Outcome.PERMISSION_DENIED,
+    Outcome.RATE_LIMITED,
+)
+NAMELESS = ORDER[:5]
+"""Outcomes that do not say whose key it is."""
+
+# A request that RECORD is good for.
+RECORD = replace(bound_to(granting(KEY_RECORD, "orders:read"), "192.0.2.0/24"), rate_limit_per_minute=60)
+CLIENT_IP = "192.0.2.1"
+NEEDED = ("orders:read",)
+
+AFFLICTIONS: dict[Outcome, Callable[[KeyRecord], KeyRecord]] = {
+    Outcome.REVOKED: lambda record: replace(record, revoked=True),
+    Outcome.EXPIRED: lambda record: replace(record, expire_time=NOW),
+    Outcome.INACTIVE: lambda record: replace(record, active=False),
+    Outcome.ORGANIZATION_INACTIVE: lambda record: replace(record, organization_active=False),
+    Outcome.ADDRESS_DENIED: lambda record: bound_to(record, "198.51.100.0/24"),
+    Outcome.PERMISSION_DENIED: lambda record: granting(record, "orders:write"),
+}
+"""What makes an outcome hold of a record. The two others are not up to the record."""
+
+
+class MemoryReader:
+    """Finds records in memory, and remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.records: dict[bytes, KeyRecord] = {}
+        self.asked: list[bytes] = []
+        self.now = NOW
+        self.revision = REVISION
+        self.failure: StorageUnavailableError | None = None
+
+    async def find(self, digest: bytes) -> Lookup:
+        """Answers at once."""
+        self.asked.append(digest)
+        if self.failure:
+            raise self.failure
+        return Lookup(record=self.records.get(digest), now=self.now, revision=self.revision)
+
+
+class ScriptedLimiter:
+    """Answers as it is told, and remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int, int]] = []
+        self.allowed = True
+
+    def take(self, key_id: str, limit: int, cost: int) -> RateState:
+        """Answers with a state of the scripted kind."""
+        self.asked.append((key_id, limit, cost))
+        return RateState(allowed=self.allowed, limit=limit, remaining=3, reset_after_s=4.0)
+
+
+class MemoryUsage:
+    """Keeps what is recorded."""
+
+    def __init__(self) -> None:
+        self.recorded: list[tuple[int, datetime]] = []
+
+    def record(self, secret_id: int, used_time: datetime) -> None:
+        """Takes note."""
+        self.recorded.append((secret_id, used_time))
+
+
+class Scene:
+    """A validator and the ports that it was given."""
+
+    def __init__(self, *, per_second: float = 2, remembered: int = 10) -> None:
+        self.clock = ManualClock()
+        self.reader = MemoryReader()
+        self.limiter = ScriptedLimiter()
+        self.usage = MemoryUsage()
+        self.validator = Validator(
+            tokens=TOKENS,
+            keys=self.reader,
+            limiter=self.limiter,
+            usage=self.usage,
+            foreign=ForeignLookupBudget(self.clock, per_second, remembered),
+        )
+
+    def put(self, record: KeyRecord, token: str = TOKEN) -> None:
+        """Makes a token one of a key."""
+        self.reader.records[digest(token)] = record
+
+    async def validate(self, token: str = TOKEN) -> Verdict:
+        """Validates the request that RECORD is good for."""
+        return await self.validator.validate(token, required_permissions=NEEDED, client_ip=CLIENT_IP)
+
+    async def is_looked_up(self, token: str) -> bool:
+        """Validates a token, and says whether it came as far as the reader."""
+        asked = len(self.reader.asked)
+        try:
+            await self.validator.validate(token)
+        except LookupBudgetError:
+            assert asked == len(self.reader.asked)
+            return False
+        return asked + 1 == len(self.reader.asked)
+
+
+def scene_of(record: KeyRecord = RECORD) -> Scene:
+    """Sets a scene with one key."""
+    scene = Scene()
+    scene.put(record)
+    return scene
+
+
+def scene_with(*outcomes: Outcome) -> Scene:
+    """Sets a scene of which all these outcomes hold."""
+    scene = Scene()
+    record = RECORD
+    for outcome in AFFLICTIONS.keys() & set(outcomes):
+        record = AFFLICTIONS[outcome](record)
+    if Outcome.NOT_FOUND not in outcomes:
+        scene.put(record)
+    scene.limiter.allowed = Outcome.RATE_LIMITED not in outcomes
+    return scene
+
+
+def invented(number: int) -> str:
+    """Makes up a foreign token."""
+    return f"made-up-token-{number:08}"
+
+
+def test_order_is_the_documented_one() -> None:
+    """The contract tells callers in which order the checks are made; the tests below hold the service to that order."""
+    comment = " ".join(line.strip(" /") for line in CONTRACT.read_text().splitlines() if line.startswith("//"))
+    documented = re.search(r"Checked in the order ([A-Z_, ]+);", comment)
+    assert documented is not None
+    assert ", ".join(outcome.name for outcome in ORDER) == documented[1]
+
+
+async def test_valid() -> None:
+    """A good token is answered with everything that a gateway may want to know."""
+    verdict = await scene_of().validate()
+    rate = RateState(allowed=True, limit=60, remaining=3, reset_after_s=4.0)
+    assert Verdict(outcome=Outcome.VALID, revision=REVISION, now=NOW, record=RECORD, rate=rate) == verdict
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [each for count in range(1, len(ORDER) + 1) for each in combinations(ORDER, count)],
+    ids=lambda outcomes: "+".join(outcome.value for outcome in outcomes),
+)
+async def test_the_first_reason_in_order_is_the_answer(outcomes: tuple[Outcome, ...]) -> None:
+    """Of all the reasons to refuse a token, the first in the documented order is given."""
+    verdict = await scene_with(*outcomes).validate()
+    assert outcomes[0] is verdict.outcome
+
+
+@pytest.mark.parametrize("outcome", NAMELESS)
+async def test_nameless_outcomes(outcome: Outcome) -> None:
+    """Whoever holds a token that is no longer good does not learn from it whose it was."""
+    verdict = await scene_with(outcome).validate()
+    assert Verdict(outcome=outcome, revision=REVISION) == verdict
+
+
+@pytest.mark.parametrize("outcome", [each for each in ORDER if each not in NAMELESS])
+async def test_outcomes_with_identity(outcome: Outcome) -> None:
+    """Where the token is good and the request is not, the gateway is told whose key it is, for its own records."""
+    verdict = await scene_with(outcome).validate()
+    assert (NOW, RECORD.key_id, RECORD.user_id) == (
+        verdict.now,
+        verdict.record and verdict.record.key_id,
+        verdict.record and verdict.record.user_id,
+    )
+
+
+@pytest.mark.parametrize("outcome", ORDER)
+async def test_refused_calls_leave_no_use(outcome: Outcome) -> None:
+    """Being refused is no use of a key: an attacker's attempts do not hide that a key lies idle."""
+    scene = scene_with(outcome)
+    await scene.validate()
+    assert [] == scene.usage.recorded
+
+
+@pytest.mark.parametrize("outcome", [each for each in ORDER if each is not Outcome.RATE_LIMITED])
+async def test_refused_calls_are_not_charged(outcome: Outcome) -> None:
+    """What is refused for any other reason never reaches the limiter: it can not use up a key's limit."""
+    scene = scene_with(outcome)
+    await scene.validate()
+    assert [] == scene.limiter.asked
+
+
+async def test_use_is_recorded_once() -> None:
+    """A valid call is one use of its secret, at the database's time."""
+    scene = scene_of()
+    await scene.validate()
+    assert [(RECORD.secret_id, NOW)] == scene.usage.recorded
+
+
+async def test_limiter_is_asked_for_the_keys_limit() -> None:
+    """A call is charged once, to the key, and so to all its tokens together, with the cost that it named."""
+    scene = scene_of()
+    await scene.validator.validate(TOKEN, required_permissions=NEEDED, client_ip=CLIENT_IP, cost=5)
+    assert [(RECORD.key_id, 60, 5)] == scene.limiter.asked
+
+
+async def test_default_cost_is_1() -> None:
+    """A call that names no cost counts for one request."""
+    scene = scene_of()
+    await scene.validate()
+    assert [(RECORD.key_id, 60, 1)] == scene.limiter.asked
+
+
+async def test_keys_without_limit() -> None:
+    """A key without a limit is not counted at all, and its answer holds no limit."""
+    scene = scene_of(replace(RECORD, rate_limit_per_minute=0))
+    scene.limiter.allowed = False
+    verdict = await scene.validate()
+    assert (Outcome.VALID, None) == (verdict.outcome, verdict.rate)
+    assert [] == scene.limiter.asked
+
+
+async def test_rate_limited_says_when_to_come_back() -> None:
+    """A refusal for the rate carries the state of the limit."""
+    verdict = await scene_with(Outcome.RATE_LIMITED).validate()
+    assert RateState(allowed=False, limit=60, remaining=3, reset_after_s=4.0) == verdict.rate
+
+
+async def test_with_the_real_limiter() -> None:
+    """A key is good for its limit a minute, and is so again when the time has come that it was told."""
+    clock = ManualClock()
+    scene = scene_of(replace(KEY_RECORD, rate_limit_per_minute=3))
+    validator = Validator(
+        tokens=TOKENS,
+        keys=scene.reader,
+        limiter=WindowLimiter(clock),
+        usage=scene.usage,
+        foreign=ForeignLookupBudget(clock),
+    )
+    verdicts = [await validator.validate(TOKEN) for _ in range(4)]
+    assert [Outcome.VALID] * 3 + [Outcome.RATE_LIMITED] == [verdict.outcome for verdict in verdicts]
+    assert [2, 1, 0, 0] == [verdict.rate and verdict.rate.remaining for verdict in verdicts]
+    assert verdicts[3].rate is not None
+    clock.advance(verdicts[3].rate.reset_after_s)
+    assert Outcome.VALID is (await validator.validate(TOKEN)).outcome
+    assert 4 == len(scene.usage.recorded)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "outcome"),
+    [(-INSTANT, Outcome.EXPIRED), (timedelta(0), Outcome.EXPIRED), (INSTANT, Outcome.VALID)],
+)
+async def test_expiry_boundary(ahead: timedelta, outcome: Outcome) -> None:
+    """A key is refused from the very instant of its expiry on, by the database's clock."""
+    verdict = await scene_of(replace(RECORD, expire_time=NOW + ahead)).validate()
+    assert outcome is verdict.outcome
+
+
+@pytest.mark.parametrize(
+    ("ahead", "outcome"),
+    [(-INSTANT, Outcome.REVOKED), (timedelta(0), Outcome.REVOKED), (INSTANT, Outcome.VALID)],
+)
+async def test_end_of_a_rotated_token(ahead: timedelta, outcome: Outcome) -> None:
+    """A token that a rotation replaced is refused from the very instant of its end on; before, it is good."""
+    verdict = await scene_of(replace(RECORD, secret_end_time=NOW + ahead)).validate()
+    assert outcome is verdict.outcome
+
+
+async def test_a_rotated_token_of_an_expired_key_is_revoked() -> None:
+    """A replaced token is answered as such, also when its key has expired since."""
+    verdict = await scene_of(replace(RECORD, secret_end_time=NOW, expire_time=NOW, active=False)).validate()
+    assert Outcome.REVOKED is verdict.outcome
+
+
+@pytest.mark.parametrize(
+    ("needed", "outcome"),
+    [
+        ((), Outcome.VALID),
+        (("orders:read",), Outcome.VALID),
+        (("orders:read", "invoices:write:all"), Outcome.VALID),
+        (("orders:read", "orders:write"), Outcome.PERMISSION_DENIED),
+        (("orders:write", "orders:read"), Outcome.PERMISSION_DENIED),
+        (("invoices",), Outcome.PERMISSION_DENIED),
+        (("*",), Outcome.PERMISSION_DENIED),
+    ],
+)
+async def test_all_permissions_are_required(needed: tuple[str, ...], outcome: Outcome) -> None:
+    """A request needs all of its permissions, and one that needs none is good for any key."""
+    scene = scene_of(granting(KEY_RECORD, "orders:read", "invoices:*"))
+    assert outcome is (await scene.validator.validate(TOKEN, required_permissions=needed)).outcome
+
+
+@pytest.mark.parametrize(
+    ("cidrs", "client_ip", "outcome"),
+    [
+        (("192.0.2.0/24",), "192.0.2.255", Outcome.VALID),
+        (("192.0.2.0/24",), "192.0.3.0", Outcome.ADDRESS_DENIED),
+        (("192.0.2.0/24", "198.51.100.7/32"), "198.51.100.7", Outcome.VALID),
+        (("192.0.2.0/24", "198.51.100.7/32"), "198.51.100.8", Outcome.ADDRESS_DENIED),
+        (("2001:db8::/32",), "2001:db8:ffff::1", Outcome.VALID),
+        (("2001:db8::/32",), "2001:db9::1", Outcome.ADDRESS_DENIED),
+        (("192.0.2.0/24",), "::ffff:192.0.2.1", Outcome.VALID),
+        (("192.0.2.0/24",), "::ffff:c000:201", Outcome.VALID),
+        (("192.0.2.0/24",), "::ffff:192.0.3.1", Outcome.ADDRESS_DENIED),
+        (("192.0.2.0/24",), "::192.0.2.1", Outcome.ADDRESS_DENIED),
+        (("0.0.0.0/0",), "2001:db8::1", Outcome.ADDRESS_DENIED),
+        (("::/0",), "192.0.2.1", Outcome.ADDRESS_DENIED),
+        (("192.0.2.0/24",), "", Outcome.ADDRESS_DENIED),
+        (("0.0.0.0/0", "::/0"), "", Outcome.ADDRESS_DENIED),
+        ((), "", Outcome.VALID),
+        ((), "203.0.113.9", Outcome.VALID),
+    ],
+)
+async def test_networks(cidrs: tuple[str, ...], client_ip: str, outcome: Outcome) -> None:
+    """A key that is bound to networks is good within them alone; IPv4 that comes mapped into IPv6 is IPv4."""
+    scene = scene_of(bound_to(KEY_RECORD, *cidrs))
+    assert outcome is (await scene.validator.validate(TOKEN, client_ip=client_ip)).outcome
+
+
+@st.composite
+def networks_and_members(draw: st.DrawFn) -> tuple[IPv4Network | IPv6Network, str]:
+    """Draws a network and an address in it, but for mapped IPv4 in an IPv6 network that is wider than all of IPv4."""
+    member = draw(st.ip_addresses())
+    mapped = isinstance(member, IPv6Address) and member.ipv4_mapped is not None
+    shortest = 96 if mapped else 0
+    return ip_network((member, draw(st.integers(shortest, member.max_prefixlen))), strict=False), str(member)
+
+
+@given(drawn=networks_and_members())
+@example(drawn=(ip_network("::ffff:192.0.2.0/120"), "::ffff:192.0.2.7"))
+async def test_every_address_of_a_network_is_within(drawn: tuple[IPv4Network | IPv6Network, str]) -> None:
+    """A network that a key was given admits all of its addresses, in the form in which it is stored."""
+    network, member = drawn
+    scene = scene_of(bound_to(KEY_RECORD, *normal_cidrs([str(network)])))
+    assert Outcome.VALID is (await scene.validator.validate(TOKEN, client_ip=member)).outcome
+
+
+MALFORMED_IPS = ["192.0.2.1:443", "192.0.2.0/24", "[2001:db8::1]", "localhost", "192.0.2.01", " 192.0.2.1", "\0"]
+
+
+@pytest.mark.parametrize("client_ip", MALFORMED_IPS, ids=ascii)
+async def test_malformed_address_of_a_bound_key(client_ip: str) -> None:
+    """Where the address decides and can not be read, the caller is told of its mistake, and nothing is charged."""
+    scene = scene_of()
+    with pytest.raises(InvalidFieldError) as caught:
+        await scene.validator.validate(TOKEN, client_ip=client_ip)
+    assert ["client_ip"] == [field for field, _ in caught.value.violations]
+    assert ([], []) == (scene.limiter.asked, scene.usage.recorded)
+
+
+@pytest.mark.parametrize("client_ip", MALFORMED_IPS, ids=ascii)
+async def test_malformed_address_elsewhere(client_ip: str) -> None:
+    """Where the address decides nothing, its form does not matter: the token is judged all the same."""
+    free = scene_of(KEY_RECORD)
+    assert Outcome.VALID is (await free.validator.validate(TOKEN, client_ip=client_ip)).outcome
+    revoked = scene_with(Outcome.REVOKED)
+    assert Outcome.REVOKED is (await revoked.validator.validate(TOKEN, client_ip=client_ip)).outcome
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["", "x", "\0" * 43, f"Bearer {TOKEN}", f"{TOKEN} ", TOKEN[:-1] + "-\n", "\N{KELVIN SIGN}" * 43, "a" * 1_000_000],
+    ids=["empty", "short", "NUL", "with scheme", "blank", "newline", "look-alike", "huge"],
+)
+async def test_impossible_tokens_never_reach_the_reader(token: str) -> None:
+    """A flood of what can not be a token costs no lookup, and is simply not found."""
+    scene = Scene(per_second=0)
+    assert Verdict(outcome=Outcome.NOT_FOUND, revision=0) == await scene.validator.validate(token)
+    assert [] == scene.reader.asked
+
+
+async def test_invented_tokens_of_our_form_never_reach_the_reader() -> None:
+    """A flood of tokens with our prefix and wrong tags costs no lookup and none of the budget for foreign tokens."""
+    scene = Scene()
+    scene.put(KEY_RECORD, FOREIGN_TOKEN)
+    stranger = TokenFormat(bytes(32))
+    for _ in range(200):
+        token = stranger.mint(KeyType.SECRET, Environment.LIVE).token
+        assert Outcome.NOT_FOUND is (await scene.validator.validate(token)).outcome
+    assert [] == scene.reader.asked
+    assert Outcome.VALID is (await scene.validator.validate(FOREIGN_TOKEN)).outcome
+
+
+async def test_tokens_are_looked_up_by_digest() -> None:
+    """The reader is asked once, and never sees the token itself."""
+    scene = scene_of()
+    await scene.validate()
+    assert [digest(TOKEN)] == scene.reader.asked
+
+
+async def test_storage_failures_are_no_outcome() -> None:
+    """When storage does not answer, neither is the token refused nor let through: the caller hears an error."""
+    scene = scene_of()
+    scene.reader.failure = StorageUnavailableError("the database does not answer")
+    with pytest.raises(StorageUnavailableError):
+        await scene.validate()
+    assert ([], []) == (scene.limiter.asked, scene.usage.recorded)
+
+
+async def test_foreign_tokens_are_judged_alike() -> None:
+    """An imported token is as good as a minted one."""
+    scene = Scene()
+    scene.put(RECORD, FOREIGN_TOKEN)
+    assert (await scene_of().validate()) == await scene.validate(FOREIGN_TOKEN)
+
+
+async def test_invented_foreign_tokens_are_budgeted() -> None:
+    """Beyond the budget, unknown foreign tokens are answered with an error, not NOT_FOUND: one may be real."""
+    scene = Scene(per_second=2)
+    assert [True, True, False, False] == [await scene.is_looked_up(invented(number)) for number in range(4)]
+    with pytest.raises(LookupBudgetError):
+        await scene.validator.validate(invented(4))
+
+
+async def test_floods_do_not_starve_known_foreign_tokens() -> None:
+    """While invented tokens use up the budget, imported ones that are in use are answered as ever."""
+    scene = Scene(per_second=2)
+    scene.put(KEY_RECORD, FOREIGN_TOKEN)
+    assert await scene.is_looked_up(FOREIGN_TOKEN)
+    for number in range(1000):
+        await scene.is_looked_up(invented(number))
+        assert Outcome.VALID is (await scene.validator.validate(FOREIGN_TOKEN)).outcome
+
+
+async def test_floods_do_not_evict_known_foreign_tokens() -> None:
+    """However many invented tokens are looked up in vain, an imported one keeps its place."""
+    scene = Scene(per_second=2, remembered=3)
+    scene.put(KEY_RECORD, FOREIGN_TOKEN)
+    assert await scene.is_looked_up(FOREIGN_TOKEN)
+    for number in range(100):
+        scene.clock.advance(1)
+        assert await scene.is_looked_up(invented(number))
+    while await scene.is_looked_up(invented(100)):
+        pass
+    assert await scene.is_looked_up(FOREIGN_TOKEN)
+
+
+async def test_floods_do_not_touch_minted_tokens() -> None:
+    """While the budget for foreign tokens is used up, minted tokens are answered as ever."""
+    scene = Scene(per_second=0)
+    scene.put(RECORD)
+    assert not await scene.is_looked_up(FOREIGN_TOKEN)
+    assert Outcome.VALID is (await scene.validate()).outcome
+
+
+async def test_budget_comes_back() -> None:
+    """The budget fills up evenly, and an idle time saves up no more than one second's worth."""
+    scene = Scene(per_second=2)
+    while await scene.is_looked_up(invented(0)):
+        pass
+    scene.clock.advance(0.5)
+    assert [True, False] == [await scene.is_looked_up(invented(number)) for number in range(2)]
+    scene.clock.advance(3600)
+    assert [True, True, False] == [await scene.is_looked_up(invented(number)) for number in range(3)]
+
+
+@given(
+    per_second=st.integers(1, 5),
+    # Eighths of a second, so that the budget's sums are exact.
+    gaps=st.lists(st.integers(0, 20).map(lambda eighths: eighths / 8), max_size=60),
+)
+def test_budget_bounds_every_span(per_second: int, gaps: list[float]) -> None:
+    """In no span of time are more unknown tokens looked up than the rate allows, and one second's worth saved up."""
+    clock = ManualClock()
+    budget = ForeignLookupBudget(clock, per_second)
+    passed = []
+    for number, gap in enumerate(gaps):
+        clock.advance(gap)
+        if budget.spend(digest(invented(number))):
+            passed.append(clock.now_s)
+    for first, start in enumerate(passed):
+        for last in range(first, len(passed)):
+            assert (passed[last] - start + 1) * per_second >= last - first + 1
+
+
+async def test_lost_foreign_tokens_lose_their_place() -> None:
+    """A foreign token that is found no more is again one of the unknown ones, which share the budget."""
+    scene = Scene(per_second=2)
+    scene.put(KEY_RECORD, FOREIGN_TOKEN)
+    assert await scene.is_looked_up(FOREIGN_TOKEN)
+    scene.reader.records.clear()
+    assert await scene.is_looked_up(FOREIGN_TOKEN)
+    while await scene.is_looked_up(invented(0)):
+        pass
+    assert not await scene.is_looked_up(FOREIGN_TOKEN)
+
+
+async def test_failed_lookups_forget_nothing() -> None:
+    """A database that is away for a while does not make known foreign tokens unknown."""
+    scene = Scene(per_second=1)
+    scene.put(KEY_RECORD, FOREIGN_TOKEN)
+    assert await scene.is_looked_up(FOREIGN_TOKEN)
+    scene.reader.failure = StorageUnavailableError("the database does not answer")
+    with pytest.raises(StorageUnavailableError):
+        await scene.validator.validate(FOREIGN_TOKEN)
+    scene.reader.failure = None
+    assert not await scene.is_looked_up(invented(0))
+    assert await scene.is_looked_up(FOREIGN_TOKEN)
+
+
+async def test_known_foreign_tokens_are_bounded() -> None:
+    """Memory is bounded: of the known foreign tokens, the one that was unused for the longest is forgotten first."""
+    scene = Scene(per_second=3, remembered=2)
+    first, second, third = tokens = [invented(number) for number in range(3)]
+    for token in tokens:
+        scene.put(KEY_RECORD, token)
+    assert await scene.is_looked_up(first)
+    assert await scene.is_looked_up(second)
+    assert await scene.is_looked_up(first)
+    assert await scene.is_looked_up(third)
+    assert [True, False, True] == [await scene.is_looked_up(token) for token in tokens]
+
+
+@pytest.mark.parametrize("min_revision", [0, 1, REVISION])
+async def test_revisions_that_were_reached(min_revision: int) -> None:
+    """A state that holds the change asked for, or a later one, is answered from."""
+    verdict = await scene_of(KEY_RECORD).validator.validate(TOKEN, min_revision=min_revision)
+    assert (Outcome.VALID, REVISION) == (verdict.outcome, verdict.revision)
+
+
+@pytest.mark.parametrize("record", [KEY_RECORD, None], ids=["found", "not found"])
+async def test_revisions_that_were_never_given_out(record: KeyRecord | None) -> None:
+    """An answer from before the change that was asked for is never given, and nothing is charged or recorded."""
+    scene = scene_of(record) if record else Scene()
+    with pytest.raises(RevisionUnknownError):
+        await scene.validator.validate(TOKEN, min_revision=REVISION + 1)
+    assert ([], []) == (scene.limiter.asked, scene.usage.recorded)
+
+
+async def test_tokens_of_other_organizations_are_not_found() -> None:
+    """A caller that may ask about its own organization alone can not tell another's token from none."""
+    scene = scene_of()
+    hidden = await scene.validator.validate(TOKEN, only_organization_id="other")
+    missing = await Scene().validator.validate(TOKEN, only_organization_id="other")
+    assert Verdict(outcome=Outcome.NOT_FOUND, revision=REVISION) == hidden == missing
+    assert ([], []) == (scene.limiter.asked, scene.usage.recorded)
+
+
+@pytest.mark.parametrize("only_organization_id", ["", RECORD.organization_id])
+async def test_tokens_of_ones_own_organization(only_organization_id: str) -> None:
+    """A caller is told of tokens of its own organization, and one without bounds of all."""
+    verdict = await scene_of(KEY_RECORD).validator.validate(TOKEN, only_organization_id=only_organization_id)
+    assert Outcome.VALID is verdict.outcome
+
+
+@pytest.mark.parametrize("token", [TOKEN, "no token"])
+@pytest.mark.parametrize("cost", [-1, MAX_COST + 1])
+async def test_costs_that_make_no_sense(token: str, cost: int) -> None:
+    """A cost below 0 or above a million is refused, whatever the token: a gateway's mistake shows at once."""
+    scene = scene_of()
+    with pytest.raises(InvalidFieldError) as caught:
+        await scene.validator.validate(token, cost=cost)
+    assert ["cost"] == [field for field, _ in caught.value.violations]
+    assert [] == scene.reader.asked
+
+
+@pytest.mark.parametrize("cost", [0, 1_000_000])
+async def test_costs_at_the_bounds(cost: int) -> None:
+    """A cost may be anything from 0 to a million, and is charged as it is."""
+    scene = scene_of(replace(KEY_RECORD, rate_limit_per_minute=60))
+    assert Outcome.VALID is (await scene.validator.validate(TOKEN, cost=cost)).outcome
+    assert [(RECORD.key_id, 60, cost)] == scene.limiter.asked
+
+
+async def test_number_of_permissions() -> None:
+    """A request may need 100 permissions, and no more."""
+    scene = scene_of(granting(KEY_RECORD, "*"))
+    needed = [f"orders:{number}" for number in range(101)]
+    assert Outcome.VALID is (await scene.validator.validate(TOKEN, required_permissions=needed[:100])).outcome
+    for token in (TOKEN, "no token"):
+        with pytest.raises(InvalidFieldError) as caught:
+            await scene.validator.validate(token, required_permissions=needed)
+        assert ["required_permissions"] == [field for field, _ in caught.value.violations]
+
+
+async def test_negative_revision() -> None:
+    """A revision below 0 is refused: none was ever given out."""
+    with pytest.raises(InvalidFieldError) as caught:
+        await scene_of().validator.validate(TOKEN, min_revision=-1)
+    assert ["min_revision"] == [field for field, _ in caught.value.violations]
