@@ -19,7 +19,7 @@ $(STAMP): requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("latchgate needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another with: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "This Python can not make environments; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV) (about half a minute, once) ..."
-	@$(PYTHON) -m venv --clear $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes -r requirements-dev.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps --no-build-isolation -e .
 	@touch $@
@@ -71,7 +71,7 @@ breaking: $(STAMP) ## Fail if the contract breaks a client of the last release
 
 .PHONY: baseline
 baseline: $(STAMP) ## At a release: take the contract as the one to stay compatible with
-	@$(BIN)/python protos/generate.py image $(BASELINE)
+	@$(BIN)/python protos/generate.py baseline $(BASELINE)
 
 .PHONY: check
 check: ## Everything that CI runs

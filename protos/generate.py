@@ -3,7 +3,7 @@
 Imports of the contract (google/api, buf/validate) are taken from the descriptors that the installed packages carry, so
 that nothing is fetched and the versions are those of the lock file.
 
-Usage: python protos/generate.py stubs | image FILE
+Usage: python protos/generate.py stubs | image FILE | baseline FILE
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ def image(path: Path) -> None:
     _protoc("--include_imports", "--include_source_info", f"--descriptor_set_out={path}", *CONTRACT)
 
 
+def baseline(path: Path) -> None:
+    """Compiles the contract, with imports but without comments, into what compatibility is judged by."""
+    _protoc("--include_imports", f"--descriptor_set_out={path}", *CONTRACT)
+
+
 def stubs() -> None:
     """Makes generated/ and docs/api.md anew."""
     shutil.rmtree(GENERATED, ignore_errors=True)
@@ -86,5 +91,7 @@ if __name__ == "__main__":
             stubs()
         case ["image", target]:
             image(Path(target))
+        case ["baseline", target]:
+            baseline(Path(target))
         case _:
             sys.exit(__doc__)

@@ -94,8 +94,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INTERNAL. A fault of the service. Metadata `incident`: the number under which its log has the details."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
-    """The `reason` of the google.rpc.ErrorInfo (domain `latchgate`) that every error carries. The name is what is sent. A
-    client should branch on the reason, show the message to people, and take new reasons as their status code says.
+    """The `reason` of the google.rpc.ErrorInfo (domain `latchgate`) that every error carries. What is sent is the name without
+    ERROR_REASON_, such as `KEY_NOT_FOUND`. A client should branch on the reason, show the message to people, and take new
+    reasons as their status code says.
     """
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
