@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import asyncpg
 import structlog
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 from ulid import ULID
 
+from latchgate.background import Background
 from latchgate.config import Settings, SettingsError, ValidateAccess, load_scopes
 from latchgate.domain.effects import ImmediateEffects
 from latchgate.domain.errors import UnavailableError
@@ -31,24 +31,30 @@ from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
 from latchgate.rpc.pages import PageTokens
 from latchgate.rpc.pipeline import Backend, Pipeline
-from latchgate.rpc.server import KEY_SERVICE, ORGANIZATION_SERVICE, RpcServer, make_server
+from latchgate.rpc.server import KEY_SERVICE, ORGANIZATION_SERVICE, ListenError, RpcServer, make_server
 from latchgate.rpc.tls import CertificateError, ReloadingCredentials, TlsFiles
 from latchgate.storage.bootstrap import RootKey, ensure_root_key, load_tag_key
-from latchgate.storage.embedded import EmbeddedPostgres
+from latchgate.storage.embedded import EmbeddedDatabaseError, EmbeddedPostgres
 from latchgate.storage.lookups import BatchingKeyReader, find_many
 from latchgate.storage.migrate import migrate
-from latchgate.storage.postgres import LOOKUP_CONNECTIONS, Database
+from latchgate.storage.postgres import LOOKUP_CONNECTIONS, Database, translated
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.requests import RequestSealer, forget_requests
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.usage import UsageBuffer
+from latchgate.watch import DatabaseWatch, Figures
 
 PROBE_INTERVAL_S: Final = 1.0
 PROBE_TIMEOUT_S: Final = 1.0
 FORGET_INTERVAL_S: Final = 30.0
 START_RETRY_S: Final = 1.0
+START_REMIND_S: Final = 30.0
 
 _log = structlog.get_logger("latchgate.app")
+
+
+class DatabaseRefusalError(Exception):
+    """The database is there and refuses what a start needs. The message says what to look at."""
 
 
 def make_id(prefix: str) -> str:
@@ -67,11 +73,17 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """A service that listens. `ready` is done once it has its database; it fails if it never can."""
+    """A service that listens, on the addresses that it has in truth.
+
+    `ready` is done once it has its database; it fails if it never can. `background` tells when it can not go on.
+    """
 
     server: RpcServer
+    listen: str
+    metrics_listen: str
     metrics: Metrics
     ready: asyncio.Task[Ready]
+    background: Background
 
 
 @asynccontextmanager
@@ -83,28 +95,39 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     scopes = load_scopes(settings.scopes_file)
     credentials = _credentials(settings)
     async with AsyncExitStack() as stack:
+        # Before the ports: of two that are started on the same data, the second is to hear of the data.
+        dsn = await database_address(stack, settings)
         metrics = Metrics(CollectorRegistry())
-        _serve_metrics(stack, settings.metrics_listen, metrics)
+        metrics_listen = _serve_metrics(stack, settings.metrics_listen, metrics)
         pipeline = Pipeline(metrics, is_validate_open=settings.validate_access is ValidateAccess.OPEN)
-        server = make_server(
-            pipeline=pipeline,
-            listen=settings.listen,
-            credentials=credentials.credentials() if credentials else None,
-        )
-        await server.set_serving(is_serving=False)
-        dsn = await _database_address(stack, settings)
         database = await Database.open(dsn, pool_size=settings.pool_size)
         stack.push_async_callback(database.close)
         usage = UsageBuffer(database)
-        await server.server.start()
-        parts = _Parts(settings=settings, scopes=scopes, metrics=metrics, database=database, usage=usage)
+        background = Background()
+        server = _make_server(settings, pipeline, credentials)
+        await server.set_serving(is_serving=False)
+        parts = _Parts(
+            settings=settings, scopes=scopes, metrics=metrics, database=database, usage=usage, background=background
+        )
         # From the last to the first: calls end, then the work beside them, then what they left is written.
         stack.push_async_callback(_flush_last, usage)
         beside = await stack.enter_async_context(AsyncExitStack())
+        stack.push_async_callback(background.close)
+        await server.server.start()
         ready = asyncio.create_task(_get_ready(beside, parts, dsn, pipeline, server))
-        stack.push_async_callback(_cancelled, [ready])
+        stack.push_async_callback(_cancelled, ready)
         stack.push_async_callback(server.stop, settings.drain_seconds)
-        yield Running(server=server, metrics=metrics, ready=ready)
+        stack.callback(background.stop)
+        # Shielded: it waits for a future that stopping the server needs as well.
+        background.keep("gRPC server", asyncio.shield(server.server.wait_for_termination()))
+        yield Running(
+            server=server,
+            listen=f"{settings.listen.rpartition(':')[0]}:{server.port}",
+            metrics_listen=metrics_listen,
+            metrics=metrics,
+            ready=ready,
+            background=background,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +137,7 @@ class _Parts:
     metrics: Metrics
     database: Database
     usage: UsageBuffer
+    background: Background
 
 
 def _credentials(settings: Settings) -> ReloadingCredentials | None:
@@ -126,29 +150,66 @@ def _credentials(settings: Settings) -> ReloadingCredentials | None:
         raise SettingsError(f"LATCHGATE_TLS_CERT, LATCHGATE_TLS_KEY, LATCHGATE_TLS_CLIENT_CA: {error}") from None
 
 
-def _serve_metrics(stack: AsyncExitStack, listen: str, metrics: Metrics) -> None:
+def _make_server(settings: Settings, pipeline: Pipeline, credentials: ReloadingCredentials | None) -> RpcServer:
+    try:
+        return make_server(
+            pipeline=pipeline,
+            listen=settings.listen,
+            credentials=credentials.credentials() if credentials else None,
+        )
+    except ListenError as error:
+        raise ListenError(f"LATCHGATE_LISTEN: {error}") from None
+
+
+def _serve_metrics(stack: AsyncExitStack, listen: str, metrics: Metrics) -> str:
     host, _, port = listen.rpartition(":")
     try:
         server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=metrics.registry)
     except OSError as error:
-        raise SettingsError(f"LATCHGATE_METRICS_LISTEN: {listen} can not be listened on: {error.strerror}") from None
+        raise ListenError(f"LATCHGATE_METRICS_LISTEN: {listen} can not be listened on: {error.strerror}") from None
     stack.callback(thread.join)
     stack.callback(server.server_close)
     stack.callback(server.shutdown)
+    return f"{host}:{server.server_port}"
 
 
-async def _database_address(stack: AsyncExitStack, settings: Settings) -> str:
+async def database_address(stack: AsyncExitStack, settings: Settings) -> str:
+    """Gives the address of the database, after starting the embedded one if none is named; `stack` stops that one.
+
+    Raises SettingsError, EmbeddedDatabaseError and StorageUnavailableError.
+    """
     if settings.database_url is not None:
         return settings.database_url.get_secret_value()
+    _make_data_dir(settings.data_dir)
     # On a thread: starting and stopping take seconds, and signals must be heard meanwhile.
-    embedded = await asyncio.to_thread(EmbeddedPostgres.start, Path(settings.data_dir))
-    stack.push_async_callback(asyncio.to_thread, embedded.stop)
-    return await embedded.create_database()
+    starting = asyncio.create_task(asyncio.to_thread(EmbeddedPostgres.start, settings.data_dir))
+    stack.push_async_callback(_stop_embedded, starting)
+    embedded = await asyncio.shield(starting)
+    with translated():
+        return await embedded.create_database()
+
+
+def _make_data_dir(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"LATCHGATE_DATA_DIR: {path}: {error.strerror}") from None
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise SettingsError(f"LATCHGATE_DATA_DIR: {path}: can not be written")
+
+
+async def _stop_embedded(starting: asyncio.Task[EmbeddedPostgres]) -> None:
+    """Stops the embedded database, and one that is about to start: the thread that does it can not be called back."""
+    try:
+        embedded = await starting
+    except EmbeddedDatabaseError:
+        return
+    await asyncio.to_thread(embedded.stop)
 
 
 async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, pipeline: Pipeline, server: RpcServer) -> Ready:
     """Prepares the database, waiting for it if it is away, and lets calls through."""
-    settings, database = parts.settings, parts.database
+    settings, database, background = parts.settings, parts.database, parts.background
     before, schema = await _patiently(lambda: migrate(dsn))
     from_settings = settings.tag_key.get_secret_value().encode() if settings.tag_key else None
     tag_key = await _patiently(lambda: load_tag_key(database, from_settings))
@@ -160,17 +221,15 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, pipeline: P
     )
     stack.push_async_callback(reader.close)
     foreign = ForeignLookupBudget(time.monotonic)
-    parts.metrics.watch(_Figures(database, parts.usage, foreign))
+    parts.metrics.watch(Figures(database, parts.usage, foreign, background))
     probe = DatabaseProbe(dsn, PROBE_TIMEOUT_S)
     stack.push_async_callback(probe.close)
     pipeline.connect(_backend(parts, tokens, tag_key, reader, foreign))
-    await server.set_serving(is_serving=True)
-    tasks = [
-        asyncio.create_task(_watch_database(probe, server, parts.metrics)),
-        asyncio.create_task(_repeat(settings.usage_flush_seconds, parts.usage.flush)),
-        asyncio.create_task(_repeat(FORGET_INTERVAL_S, lambda: forget_requests(database))),
-    ]
-    stack.push_async_callback(_cancelled, tasks)
+    watch = DatabaseWatch(probe, server, parts.metrics, background)
+    await watch.show(is_up=True)
+    background.repeat("database watch", PROBE_INTERVAL_S, watch.look)
+    background.repeat("writing of last-used times", settings.usage_flush_seconds, parts.usage.flush)
+    background.repeat("clearing of request_ids", FORGET_INTERVAL_S, lambda: forget_requests(database))
     return Ready(root=root, schema_before=before, schema=schema)
 
 
@@ -202,76 +261,32 @@ Result = TypeVar("Result")
 
 
 async def _patiently(attempt: Callable[[], Awaitable[Result]]) -> Result:
-    """Repeats an attempt until the database is there."""
+    """Repeats an attempt until the database is there; says so at first, when the problem changes, and now and then."""
+    problem, said_s = "", 0.0
     while True:
         try:
             return await attempt()
         except UnavailableError as error:
-            _log.warning("waiting_for_database", problem=error.message)
+            if error.message != problem or time.monotonic() - said_s >= START_REMIND_S:
+                problem, said_s = error.message, time.monotonic()
+                _log.warning("waiting_for_database", problem=problem)
+        except asyncpg.PostgresError as error:
+            # Not its text: it may hold what a row holds.
+            raise DatabaseRefusalError(
+                f"the database refuses what latchgate needs ({type(error).__name__}); its log says more. The user of "
+                "LATCHGATE_DATABASE_URL must own the database, or be allowed to create tables in its schema"
+            ) from None
         await asyncio.sleep(START_RETRY_S)
-
-
-async def _repeat(interval_s: float, work: Callable[[], Awaitable[None]]) -> None:
-    """Does some work again and again; a time at which the database is away is let pass."""
-    while True:
-        await asyncio.sleep(interval_s)
-        try:
-            await work()
-        except UnavailableError as error:
-            _log.warning("work_put_off", problem=error.message)
-
-
-async def _watch_database(probe: DatabaseProbe, server: RpcServer, metrics: Metrics) -> None:
-    """Keeps health and metrics true to the database."""
-    was_up = True
-    metrics.database_up.set(1)
-    while True:
-        is_up = await probe.is_writable()
-        if is_up != was_up:
-            (_log.info if is_up else _log.error)("database_back" if is_up else "database_away")
-            await server.set_serving(is_serving=is_up)
-            metrics.database_up.set(int(is_up))
-        was_up = is_up
-        await asyncio.sleep(PROBE_INTERVAL_S)
 
 
 async def _flush_last(usage: UsageBuffer) -> None:
     try:
         await usage.flush()
-    except UnavailableError:
-        _log.warning("last_used_times_lost", count=usage.pending)
+    except Exception as error:  # noqa: BLE001 - what comes after it in stopping must come
+        _log.warning("last_used_times_lost", error=type(error).__name__)
 
 
-async def _cancelled(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Ends tasks and waits until they have ended."""
-    tasks = list(tasks)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Figures(Collector):
-    """Figures that are read when they are scraped."""
-
-    def __init__(self, database: Database, usage: UsageBuffer, foreign: ForeignLookupBudget) -> None:
-        self._database = database
-        self._usage = usage
-        self._foreign = foreign
-
-    def collect(self) -> Iterable[Metric]:
-        pool = self._database.management
-        busy = pool.get_size() - pool.get_idle_size()
-        connections = GaugeMetricFamily(
-            "latchgate_pool_connections", "Connections for management: at work, or free to be had.", labels=["state"]
-        )
-        connections.add_metric(["busy"], busy)
-        connections.add_metric(["idle"], pool.get_max_size() - busy)
-        yield connections
-        yield GaugeMetricFamily(
-            "latchgate_last_used_pending", "Secrets whose last use is not written yet.", self._usage.pending
-        )
-        yield CounterMetricFamily(
-            "latchgate_foreign_lookups_refused",
-            "Unknown tokens of foreign formats that were over the budget of lookups.",
-            self._foreign.refused,
-        )
+async def _cancelled(task: asyncio.Task[Any]) -> None:
+    """Ends a task and waits until it has ended."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Self
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -19,12 +20,31 @@ from latchgate.domain.token import FOREIGN_MAX_LENGTH, Prefixes
 
 PREFIX = "LATCHGATE_"
 MIN_SECRET_LENGTH = 32
-# Kubernetes makes variables of these forms for every service by the name of `latchgate`; they are none of ours.
-_FROM_KUBERNETES = re.compile(r"^LATCHGATE(_SERVICE_(HOST|PORT.*)|_PORT(_.*)?)$")
+MAX_PORT = 65535
+# Kubernetes makes variables of these forms for every service whose name is or begins with `latchgate`; they are none of
+# ours. The bare ..._PORT is told by its value, an address: it could be a slip of the pen as well.
+_FROM_KUBERNETES = re.compile(
+    r"^LATCHGATE(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$"
+)
+_KUBERNETES_ADDRESS = re.compile(r"^(tcp|udp|sctp)://")
+_DATABASE_URL_FORM = (
+    "can not be read; write postgresql://user:password@host:5432/name, and in the password %40 for @, %3A for :, "
+    "%2F for /, %3F for ? and %23 for #"
+)
+_SSL_MODES = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
+_SSL_FILES = frozenset({"sslrootcert", "sslcert", "sslkey", "sslcrl"})
 
 
-class SettingsError(Exception):
+class CommandError(Exception):
+    """A command can not do its work. The message is one line that says what to do; `status` is the exit status."""
+
+    status = 1
+
+
+class SettingsError(CommandError):
     """A setting is wrong. The message is one line that names the variable and never holds a secret value."""
+
+    status = 2
 
 
 class LogFormat(Enum):
@@ -52,15 +72,36 @@ class ValidateAccess(Enum):
 
 def _address(value: str) -> str:
     host, _, port = value.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - the largest port
+    if not host or not _is_port(port):
         raise ValueError("must be host:port, such as 127.0.0.1:50051 or [::1]:50051")
     return value
 
 
 def _database_url(value: SecretStr) -> SecretStr:
-    if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+    """Demands an address that the driver can read: one that it can not would be waited for in vain."""
+    url = value.get_secret_value()
+    if not url.startswith(("postgresql://", "postgres://")):
         raise ValueError("must begin with postgresql://")
+    try:
+        parts = urlsplit(url)
+        options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+    except ValueError:
+        raise ValueError(_DATABASE_URL_FORM) from None
+    hosts = parts.netloc.partition("@")[2] if "@" in parts.netloc else parts.netloc
+    ports = [re.sub(r"^(\[[^]]*\]|[^:]*):?", "", host) for host in hosts.split(",")]
+    ports += options.get("port", "").split(",")
+    if "@" in hosts or not all(port == "" or (_is_port(port) and int(port)) for port in ports):
+        raise ValueError(_DATABASE_URL_FORM)
+    if options.get("sslmode", "prefer") not in _SSL_MODES:
+        raise ValueError("sslmode must be disable, allow, prefer, require, verify-ca or verify-full")
+    for name in sorted(_SSL_FILES & options.keys()):
+        if not Path(options[name]).is_file():
+            raise ValueError(f"{name} names a file that is not there")
     return value
+
+
+def _is_port(text: str) -> bool:
+    return bool(re.fullmatch(r"[0-9]{1,5}", text)) and int(text) <= MAX_PORT
 
 
 def _long_enough(value: SecretStr) -> SecretStr:
@@ -163,9 +204,13 @@ def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     return sorted(
         name
-        for name in environment
-        if name.startswith(PREFIX) and name not in known and not _FROM_KUBERNETES.match(name)
+        for name, value in environment.items()
+        if name.startswith(PREFIX) and name not in known and not _is_from_kubernetes(name, value)
     )
+
+
+def _is_from_kubernetes(name: str, value: str) -> bool:
+    return bool(_FROM_KUBERNETES.match(name) or (name.endswith("_PORT") and _KUBERNETES_ADDRESS.match(value)))
 
 
 def load_scopes(path: Path | None) -> tuple[Scope, ...]:

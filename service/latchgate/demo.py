@@ -1,4 +1,4 @@
-"""What `latchgate run` adds to serving: a root token in a file, and one key's life, shown through the own port."""
+"""What `latchgate run` adds to serving: a root token in a file, and one key's life, shown through its own port."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from apikeys.v1 import organization_service_pb2 as organizations
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from apikeys.v1.organization_service_pb2_grpc import OrganizationServiceStub
 from latchgate import config
+from latchgate.app import Running
 from latchgate.config import Settings, SettingsError
+from latchgate.health import reached_from_here
 
 ORGANIZATION: Final = "demo"
 TOKEN_FILE: Final = "root-token"  # noqa: S105 - a file's name
+CALL_TIMEOUT_S: Final = 10.0
 
 
 def settings() -> Settings:
@@ -60,20 +63,29 @@ class _Client:
     metadata: tuple[tuple[str, str], ...]
 
     async def validate(self, token: str) -> str:
-        answer = await self.keys.Validate(keys.ValidateRequest(token=token), wait_for_ready=True)
+        answer = await self.keys.Validate(keys.ValidateRequest(token=token), timeout=CALL_TIMEOUT_S)
         return keys.Outcome.Name(answer.outcome).removeprefix("OUTCOME_")
 
 
-async def show(found: Settings, *, is_new: bool, port: int) -> None:
-    """Says where the service is, shows a key's life, and gives a line to copy."""
-    address = f"{found.listen.rpartition(':')[0]}:{port}"
+def say_beginning(found: Settings) -> None:
+    """Says what takes the time, when the embedded database is not there yet."""
+    if found.database_url is None and not (found.data_dir / "postgres" / "PG_VERSION").exists():
+        print(f"Making a PostgreSQL in {found.data_dir} (some seconds, this once) ...", flush=True)
+
+
+async def show(found: Settings, running: Running, *, is_new: bool) -> None:
+    """Says where the service is, shows a key's life, and gives lines to copy."""
     database = "the database of LATCHGATE_DATABASE_URL" if found.database_url else f"PostgreSQL in {found.data_dir}"
-    print(f"latchgate {version('latchgate')} serves {address} (metrics: http://{found.metrics_listen}/metrics)")
+    print(
+        f"latchgate {version('latchgate')} serves {running.listen} (metrics: http://{running.metrics_listen}/metrics)"
+    )
     print(f"Data: {database}, {'new' if is_new else 'with all that was there before'}.")
     if found.tls_cert is not None:
         print("The port speaks TLS; a key's life is shown on a plain one only. Press Ctrl-C to stop.", flush=True)
         return
-    async with grpc.aio.insecure_channel(address) as channel:
+    address = reached_from_here(running.listen)
+    # Straight to the own port, whatever proxy is set for the way out.
+    async with grpc.aio.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         token = found.root_token.get_secret_value() if found.root_token else ""
         client = _Client(
             keys=KeyServiceStub(channel),
@@ -84,7 +96,7 @@ async def show(found: Settings, *, is_new: bool, port: int) -> None:
             await _prepare(client)
             await _show_life(client)
         except grpc.aio.AioRpcError as error:
-            print(f"A key's life can not be shown: {error.details()}", file=sys.stderr)
+            print(f"A key's life can not be shown to its end: {error.details()}", file=sys.stderr)
     _print_hint(found, address)
 
 
@@ -92,7 +104,7 @@ async def _prepare(client: _Client) -> None:
     """Makes the organization of the demonstration, unless it is there from before."""
     request = organizations.CreateOrganizationRequest(organization_id=ORGANIZATION, name="Demonstration")
     try:
-        await client.organizations.CreateOrganization(request, metadata=client.metadata)
+        await client.organizations.CreateOrganization(request, metadata=client.metadata, timeout=CALL_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
         if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
             raise
@@ -100,29 +112,48 @@ async def _prepare(client: _Client) -> None:
 
 async def _show_life(client: _Client) -> None:
     """Creates, toggles, rotates and revokes a key, asking Validate each time."""
-    print(f"\n{'A key of organization ' + ORGANIZATION:<44}{'call':>10}   {'Validate then says':<22}{'in':>8}")
     start_s = time.perf_counter()
     created = await client.keys.CreateKey(
         keys.CreateKeyRequest(
             organization_id=ORGANIZATION, name="first key", permissions=["read"], request_id=str(uuid.uuid4())
         ),
         metadata=client.metadata,
+        timeout=CALL_TIMEOUT_S,
     )
+    print(f"\n{'A key of organization ' + ORGANIZATION:<44}{'call':>10}   {'Validate then says':<22}{'in':>8}")
+    try:
+        await _show_steps(client, created, start_s)
+    finally:
+        # Also when a step has failed: a key that is left takes one of the places that the organization has.
+        await _revoke(client, created.key.id)
+
+
+async def _show_steps(client: _Client, created: keys.CreateKeyResponse, start_s: float) -> None:
     key_id, token = created.key.id, created.token
     await _row(client, f"CreateKey   its token is {created.key.prefix}...", start_s, token)
     for active in (False, True):
         start_s = time.perf_counter()
-        await client.keys.ToggleKey(keys.ToggleKeyRequest(key_id=key_id, active=active), metadata=client.metadata)
+        await client.keys.ToggleKey(
+            keys.ToggleKeyRequest(key_id=key_id, active=active), metadata=client.metadata, timeout=CALL_TIMEOUT_S
+        )
         await _row(client, f"ToggleKey   {'on' if active else 'off'}", start_s, token)
     start_s = time.perf_counter()
     rotated = await client.keys.RotateKey(
-        keys.RotateKeyRequest(key_id=key_id, request_id=str(uuid.uuid4())), metadata=client.metadata
+        keys.RotateKeyRequest(key_id=key_id, request_id=str(uuid.uuid4())),
+        metadata=client.metadata,
+        timeout=CALL_TIMEOUT_S,
     )
     await _row(client, f"RotateKey   a new token, {rotated.key.prefix}...", start_s, rotated.token)
     await _row(client, "            and the old one", None, token)
     start_s = time.perf_counter()
-    await client.keys.RevokeKey(keys.RevokeKeyRequest(key_id=key_id, reason="shown"), metadata=client.metadata)
+    await _revoke(client, key_id)
     await _row(client, "RevokeKey", start_s, rotated.token)
+
+
+async def _revoke(client: _Client, key_id: str) -> None:
+    await client.keys.RevokeKey(
+        keys.RevokeKeyRequest(key_id=key_id, reason="shown"), metadata=client.metadata, timeout=CALL_TIMEOUT_S
+    )
 
 
 async def _row(client: _Client, what: str, start_s: float | None, token: str) -> None:
@@ -134,16 +165,32 @@ async def _row(client: _Client, what: str, start_s: float | None, token: str) ->
 
 
 def _print_hint(found: Settings, address: str) -> None:
-    """Prints a grpcurl line that works as it stands."""
-    beside = Path(sys.executable).parent / "grpcurl"
-    grpcurl = os.path.relpath(beside) if beside.exists() else "grpcurl"
-    if not beside.exists() and shutil.which("grpcurl") is None:
+    """Prints grpcurl lines that work as they stand."""
+    grpcurl = _grpcurl()
+    if grpcurl is None:
         print("\n(grpcurl is not installed here; any build of it will do.)")
-    header = f'"authorization: Bearer $(cat {shlex.quote(str(found.data_dir / TOKEN_FILE))})"'
     if os.environ.get("LATCHGATE_ROOT_TOKEN"):
-        header = '"authorization: Bearer $LATCHGATE_ROOT_TOKEN"'
-    print("\nTry it from another terminal:")
-    print(f"  {grpcurl} -plaintext -H {header} \\")
+        token, place = "$LATCHGATE_ROOT_TOKEN", ", where LATCHGATE_ROOT_TOKEN is set"
+    else:
+        # Double quotes do not keep apart what stands between the parentheses.
+        token = f"$(cat {shlex.quote(str(found.data_dir / TOKEN_FILE))})"
+        place = "" if found.data_dir.is_absolute() else ", in this folder"
+    call = f"{grpcurl or 'grpcurl'} -plaintext"
+    print(f"\nTry it from another terminal{place}:")
+    print(f'  {call} -H "authorization: Bearer {token}" \\')
     print(f"""    -d '{{"organization_id": "{ORGANIZATION}", "name": "my key", "permissions": ["read"]}}' \\""")
     print(f"    {address} apikeys.v1.KeyService/CreateKey")
+    print("Then ask about the token that it answers with:")
+    print(f"""  {call} -d '{{"token": "lk_..."}}' {address} apikeys.v1.KeyService/Validate""")
     print("Press Ctrl-C to stop.", flush=True)
+
+
+def _grpcurl() -> str | None:
+    """Gives the shortest way to call grpcurl in this folder, or None if it is not installed."""
+    if shutil.which("grpcurl"):
+        return "grpcurl"
+    beside = Path(sys.executable).parent / "grpcurl"
+    if not beside.exists():
+        return None
+    relative = os.path.relpath(beside)
+    return shlex.quote(str(beside) if relative.startswith(os.pardir) else relative)

@@ -9,12 +9,12 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from latchgate.config import Settings
+from latchgate.config import CommandError, Settings
 
 TIMEOUT_S = 3.0
 
 
-class HealthError(Exception):
+class HealthError(CommandError):
     """The service is not healthy, or not there."""
 
 
@@ -25,19 +25,20 @@ async def check_health(settings: Settings) -> None:
     names, or a demand for one of the client's own, would stand between a container and its own health.
     """
     if settings.tls_cert is None:
-        await _ask_grpc(_from_here(settings.listen))
+        await _ask_grpc(reached_from_here(settings.listen))
     else:
-        _ask_metrics(_from_here(settings.metrics_listen))
+        _ask_metrics(reached_from_here(settings.metrics_listen))
 
 
-def _from_here(address: str) -> str:
+def reached_from_here(address: str) -> str:
     """Gives the address at which this machine reaches what listens on all of its addresses."""
     host, _, port = address.rpartition(":")
     return f"{ {'0.0.0.0': '127.0.0.1', '[::]': '[::1]'}.get(host, host) }:{port}"  # noqa: S104 - compared, not bound
 
 
 async def _ask_grpc(address: str) -> None:
-    async with grpc.aio.insecure_channel(address) as channel:
+    # Straight there, whatever proxy is set for the way out.
+    async with grpc.aio.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             stub: Any = health_pb2_grpc.HealthStub(channel)  # the published stubs leave out its methods
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
@@ -49,7 +50,8 @@ async def _ask_grpc(address: str) -> None:
 
 def _ask_metrics(address: str) -> None:
     try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT_S) as answer:
+        straight = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with straight.open(f"http://{address}/metrics", timeout=TIMEOUT_S) as answer:
             lines = answer.read().decode().splitlines()
     except (OSError, urllib.error.URLError):
         raise HealthError(f"{address} does not answer") from None

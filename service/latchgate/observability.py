@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, TextIO, cast
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -16,7 +17,7 @@ from latchgate.domain.model import Outcome
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 # The last line of defence, not the first: nothing hands a token or a connection string to a logger.
-_SECRET = re.compile(r"\b[a-z][a-z0-9_]*_[0-9A-Za-z]{40}\b|postgres(?:ql)?://\S+|[Bb]earer\s+\S+")
+_SECRET = re.compile(r"_[0-9A-Za-z]{40,}|postgres(?:ql)?://\S+|bearer\s+\S+", re.IGNORECASE)
 _REDACTED = "[redacted]"
 
 
@@ -34,8 +35,22 @@ def _redact_event(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> 
     return {name: _redact(value) for name, value in event.items()}
 
 
+class _Output:
+    """Standard error, whose failures reach nobody: a full disk or a closed pipe must not fail calls."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
 def configure_logging(*, level: str, as_json: bool) -> None:
     """Sends all log lines, the libraries' too, to standard error: one JSON object each, or coloured for people."""
+    output = cast("TextIO", _Output())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -49,29 +64,32 @@ def configure_logging(*, level: str, as_json: bool) -> None:
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=output),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
-    # Not the libraries' tracebacks: what an exception says may hold what was sent.
+    handler = logging.StreamHandler(output)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                _without_traceback,
-                renderer,
-            ],
+            foreign_pre_chain=[_library_event, *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            use_get_message=False,
         )
     )
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
 
 
-def _without_traceback(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    info = event.pop("exc_info", None)
-    if info:
-        error = info[0] if isinstance(info, tuple) else type(info)
-        event["error"] = getattr(error, "__name__", str(error))
+def _library_event(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Keeps of a library's line what it is about, and nothing that it was filled with.
+
+    Arguments, further lines and what an exception says may hold what was sent: grpc logs headers that are not UTF-8.
+    """
+    record: logging.LogRecord = event["_record"]
+    event["event"] = (str(record.msg).splitlines() or [""])[0]
+    event["logger"] = record.name
+    for traceback in ("exc_info", "stack_info"):
+        event.pop(traceback, None)
+    if record.exc_info and record.exc_info[0]:
+        event["error"] = record.exc_info[0].__name__
     return event
 
 

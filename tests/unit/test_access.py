@@ -1,5 +1,4 @@
 """Who may call what."""
-# ruff: noqa: SIM300 - tests compare expected == actual
 
 from __future__ import annotations
 
@@ -16,7 +15,8 @@ from latchgate.domain.errors import (
     PermissionNotHeldError,
     RootRequiredError,
 )
-from support.records import KEY, ROOT, caller
+from latchgate.domain.model import Key
+from support.records import INSTANT, KEY, NOW, ROOT, caller
 
 WRITER = caller("keys:write", "orders:*")
 
@@ -44,6 +44,50 @@ def test_require_held() -> None:
         with pytest.raises(PermissionNotHeldError) as caught:
             access.require_held(WRITER, ["orders:read", wider])
         assert {"permission": wider} == caught.value.details
+
+
+# Keys that a token does not, or not everywhere and for ever, open; and what opens them further.
+IDLE = replace(KEY, permissions=("orders:read",), active=False)
+ENDING = replace(KEY, permissions=("orders:read",), expire_time=NOW)
+BOUND = replace(KEY, permissions=("orders:read",), allowed_cidrs=("192.0.2.0/24",))
+
+
+@pytest.mark.parametrize(
+    ("key", "updated"),
+    [
+        (IDLE, replace(IDLE, active=True)),
+        (ENDING, replace(ENDING, expire_time=NOW + INSTANT)),
+        (ENDING, replace(ENDING, expire_time=None)),
+        (BOUND, replace(BOUND, allowed_cidrs=())),
+        (BOUND, replace(BOUND, allowed_cidrs=("192.0.2.0/24", "198.51.100.0/24"))),
+        (BOUND, replace(BOUND, allowed_cidrs=("198.51.100.0/24",))),
+        (BOUND, replace(BOUND, allowed_cidrs=(), permissions=())),
+    ],
+    ids=["on", "later", "never", "anywhere", "further", "elsewhere", "with less"],
+)
+def test_widening_needs_what_the_key_has(key: Key, updated: Key) -> None:
+    """Whoever has kept an old token can not bring it back to do what its own key may not."""
+    access.require_held_to_widen(WRITER, key, updated)
+    with pytest.raises(PermissionNotHeldError) as caught:
+        access.require_held_to_widen(caller("keys:write"), key, updated)
+    assert {"permission": "orders:read"} == caught.value.details
+
+
+@pytest.mark.parametrize(
+    ("key", "updated"),
+    [
+        (BOUND, replace(BOUND, active=False)),
+        (IDLE, IDLE),
+        (ENDING, replace(ENDING, expire_time=NOW - INSTANT)),
+        (BOUND, replace(BOUND, expire_time=NOW)),
+        (IDLE, replace(IDLE, allowed_cidrs=("192.0.2.0/24",))),
+        (BOUND, replace(BOUND, name="shipping", metadata={}, rate_limit_per_minute=1)),
+    ],
+    ids=["off", "the same", "sooner", "some time", "bound", "label"],
+)
+def test_narrowing_needs_nothing_more(key: Key, updated: Key) -> None:
+    """A key can be shut by whoever may change keys, also by one that may do less."""
+    access.require_held_to_widen(caller("keys:write"), key, updated)
 
 
 def test_organization_of_a_caller() -> None:

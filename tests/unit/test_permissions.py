@@ -1,5 +1,4 @@
 """Permissions: wildcards stand for whole segments."""
-# ruff: noqa: SIM300 - tests compare expected == actual
 
 from __future__ import annotations
 

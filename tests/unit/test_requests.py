@@ -1,5 +1,4 @@
 """Retries: what makes two requests the same."""
-# ruff: noqa: SIM300 - tests compare expected == actual
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
 """What a key may look like."""
-# ruff: noqa: SIM300 - tests compare expected == actual
 
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_network
 
 import pytest
 from hypothesis import given
@@ -15,7 +14,9 @@ from latchgate.domain.access import CORE_SCOPES, MANAGEMENT_SCOPES
 from latchgate.domain.errors import InvalidFieldError, KeyDeletedError, KeyRevokedError, ScopeUnknownError
 from latchgate.domain.model import KeyType, Scope, ScopeSource
 from latchgate.domain.rules import (
+    LATEST_TIME,
     MAX_METADATA_BYTES,
+    check_email,
     check_expiry,
     check_known,
     check_metadata,
@@ -31,8 +32,8 @@ CORE_NAMES = {scope.name for scope in CORE_SCOPES}
 
 @st.composite
 def ip_networks(draw: st.DrawFn) -> IPv4Network | IPv6Network:
-    """Draws networks of either version and any size."""
-    address = draw(st.ip_addresses())
+    """Draws networks of either version and any size, but for IPv4 that is mapped into IPv6."""
+    address = draw(st.ip_addresses().filter(lambda each: isinstance(each, IPv4Address) or each.ipv4_mapped is None))
     return ip_network((address, draw(st.integers(0, address.max_prefixlen))), strict=False)
 
 
@@ -67,6 +68,8 @@ def test_normal_cidrs_mean_what_was_given(networks: list[IPv4Network | IPv6Netwo
         ("::ffff:192.0.2.0/120", "192.0.2.0/24"),
         ("::ffff:192.0.2.7", "192.0.2.7/32"),
         ("::ffff:0:0/96", "0.0.0.0/0"),
+        ("::/95", "::/95"),
+        ("::192.0.2.7", "::c000:207/128"),
     ],
 )
 def test_cidrs_of_mapped_ipv4_are_ipv4(cidr: str, normal: str) -> None:
@@ -85,6 +88,7 @@ def test_cidrs_are_named_once() -> None:
         ("203.0.113.7/24", "203.0.113.0/24"),
         ("10.1.2.3/8", "10.0.0.0/8"),
         ("2001:db8::1/32", "2001:db8::/32"),
+        ("::ffff:10.1.2.3/104", "10.0.0.0/8"),
     ],
 )
 def test_advice_on_host_bits(cidr: str, network: str) -> None:
@@ -183,9 +187,28 @@ def test_expiry_in_the_past_is_refused(ahead: timedelta) -> None:
 
 
 def test_expiry_ahead() -> None:
-    """Any later time will do, and so does none."""
+    """Any later time will do, up to the last that storage tells from infinity, and so does none."""
     check_expiry(NOW + INSTANT, NOW)
+    check_expiry(LATEST_TIME, NOW)
     check_expiry(None, NOW)
+
+
+@pytest.mark.parametrize("expire_time", [LATEST_TIME + INSTANT, datetime.max.replace(tzinfo=UTC)])
+def test_expiry_beyond_what_storage_holds(expire_time: datetime) -> None:
+    """A time that storage would take for infinity is refused, so that an expiry is never lost."""
+    with pytest.raises(InvalidFieldError) as caught:
+        check_expiry(expire_time, NOW)
+    assert ["expire_time"] == [field for field, _ in caught.value.violations]
+
+
+def test_length_of_mail_addresses() -> None:
+    """A mail address has at most 254 characters."""
+    domain = "@example.com"
+    check_email("")
+    check_email("a" * (254 - len(domain)) + domain)
+    with pytest.raises(InvalidFieldError) as caught:
+        check_email("a" * (255 - len(domain)) + domain)
+    assert ["user_email"] == [field for field, _ in caught.value.violations]
 
 
 def test_known_permissions() -> None:

@@ -1,5 +1,4 @@
 """Tokens: their form, their tag, and what they are recognised as."""
-# ruff: noqa: SIM300 - tests compare expected == actual
 
 from __future__ import annotations
 
@@ -18,8 +17,6 @@ from latchgate.domain.model import Environment, KeyType
 from latchgate.domain.token import (
     BODY_LENGTH,
     DEFAULT_PREFIXES,
-    FOREIGN_MAX_LENGTH,
-    FOREIGN_MIN_LENGTH,
     Form,
     MintedToken,
     TokenFormat,
@@ -256,6 +253,7 @@ def test_tag_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> No
         "\N{ZERO WIDTH NO-BREAK SPACE}" + FIXED_TOKEN,
         FIXED_TOKEN + "\N{COMBINING ACUTE ACCENT}",
         FIXED_TOKEN + "\ud800",
+        "\ud800" + FIXED_TOKEN,
         "\N{PILE OF POO}" * 20,
     ],
     ids=ascii,
@@ -300,10 +298,10 @@ def test_tokens_of_other_systems_are_foreign(token: str) -> None:
 @pytest.mark.parametrize(
     ("length", "form"),
     [
-        (FOREIGN_MIN_LENGTH - 1, Form.IMPOSSIBLE),
-        (FOREIGN_MIN_LENGTH, Form.FOREIGN),
-        (FOREIGN_MAX_LENGTH, Form.FOREIGN),
-        (FOREIGN_MAX_LENGTH + 1, Form.IMPOSSIBLE),
+        (15, Form.IMPOSSIBLE),
+        (16, Form.FOREIGN),
+        (512, Form.FOREIGN),
+        (513, Form.IMPOSSIBLE),
     ],
 )
 def test_length_of_foreign_tokens(length: int, form: Form) -> None:
@@ -311,7 +309,7 @@ def test_length_of_foreign_tokens(length: int, form: Form) -> None:
     assert form is TOKENS.recognise("~" * length)
 
 
-@given(text=st.text(st.characters(codec="ascii"), min_size=FOREIGN_MIN_LENGTH, max_size=60))
+@given(text=st.text(st.characters(codec="ascii"), min_size=16, max_size=60))
 def test_foreign_tokens_are_printable(text: str) -> None:
     """Of all ASCII strings that are not ours, those without blanks and control characters are foreign."""
     expected = Form.FOREIGN if re.fullmatch(r"[!-~]+", text) else Form.IMPOSSIBLE

@@ -1,5 +1,4 @@
 """Validation: a token and what a request needs become a verdict."""
-# ruff: noqa: SIM300 - tests compare expected == actual
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from latchgate.domain.model import Environment, KeyRecord, KeyType, Lookup, Outc
 from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.rules import normal_cidrs
 from latchgate.domain.token import TokenFormat, digest
-from latchgate.domain.validation import MAX_COST, ForeignLookupBudget, Validator
+from latchgate.domain.validation import ForeignLookupBudget, Validator
 from support.records import INSTANT, KEY_RECORD, NOW, ManualClock, bound_to, granting
 
 CONTRACT = Path(__file__).parents[2] / "protos/apikeys/v1/key_service.proto"
@@ -114,12 +113,9 @@ class Scene:
         self.reader = MemoryReader()
         self.limiter = ScriptedLimiter()
         self.usage = MemoryUsage()
+        self.foreign = ForeignLookupBudget(self.clock, per_second, remembered)
         self.validator = Validator(
-            tokens=TOKENS,
-            keys=self.reader,
-            limiter=self.limiter,
-            usage=self.usage,
-            foreign=ForeignLookupBudget(self.clock, per_second, remembered),
+            tokens=TOKENS, keys=self.reader, limiter=self.limiter, usage=self.usage, foreign=self.foreign
         )
 
     def put(self, record: KeyRecord, token: str = TOKEN) -> None:
@@ -139,6 +135,11 @@ class Scene:
             assert asked == len(self.reader.asked)
             return False
         return asked + 1 == len(self.reader.asked)
+
+    async def use_up_budget(self) -> None:
+        """Validates invented foreign tokens until no more are looked up."""
+        passed = [number for number in range(1000, 1010) if await self.is_looked_up(invented(number))]
+        assert len(passed) < 10, "the budget knows no bounds"
 
 
 def scene_of(record: KeyRecord = RECORD) -> Scene:
@@ -440,11 +441,12 @@ async def test_foreign_tokens_are_judged_alike() -> None:
 
 
 async def test_invented_foreign_tokens_are_budgeted() -> None:
-    """Beyond the budget, unknown foreign tokens are answered with an error, not NOT_FOUND: one may be real."""
+    """Beyond the budget, unknown foreign tokens are an error, for one may be real; operators see how many."""
     scene = Scene(per_second=2)
     assert [True, True, False, False] == [await scene.is_looked_up(invented(number)) for number in range(4)]
     with pytest.raises(LookupBudgetError):
         await scene.validator.validate(invented(4))
+    assert 3 == scene.foreign.refused
 
 
 async def test_floods_do_not_starve_known_foreign_tokens() -> None:
@@ -465,8 +467,7 @@ async def test_floods_do_not_evict_known_foreign_tokens() -> None:
     for number in range(100):
         scene.clock.advance(1)
         assert await scene.is_looked_up(invented(number))
-    while await scene.is_looked_up(invented(100)):
-        pass
+    await scene.use_up_budget()
     assert await scene.is_looked_up(FOREIGN_TOKEN)
 
 
@@ -481,8 +482,7 @@ async def test_floods_do_not_touch_minted_tokens() -> None:
 async def test_budget_comes_back() -> None:
     """The budget fills up evenly, and an idle time saves up no more than one second's worth."""
     scene = Scene(per_second=2)
-    while await scene.is_looked_up(invented(0)):
-        pass
+    await scene.use_up_budget()
     scene.clock.advance(0.5)
     assert [True, False] == [await scene.is_looked_up(invented(number)) for number in range(2)]
     scene.clock.advance(3600)
@@ -515,8 +515,7 @@ async def test_lost_foreign_tokens_lose_their_place() -> None:
     assert await scene.is_looked_up(FOREIGN_TOKEN)
     scene.reader.records.clear()
     assert await scene.is_looked_up(FOREIGN_TOKEN)
-    while await scene.is_looked_up(invented(0)):
-        pass
+    await scene.use_up_budget()
     assert not await scene.is_looked_up(FOREIGN_TOKEN)
 
 
@@ -579,7 +578,7 @@ async def test_tokens_of_ones_own_organization(only_organization_id: str) -> Non
 
 
 @pytest.mark.parametrize("token", [TOKEN, "no token"])
-@pytest.mark.parametrize("cost", [-1, MAX_COST + 1])
+@pytest.mark.parametrize("cost", [-1, 1_000_001])
 async def test_costs_that_make_no_sense(token: str, cost: int) -> None:
     """A cost below 0 or above a million is refused, whatever the token: a gateway's mistake shows at once."""
     scene = scene_of()

@@ -55,6 +55,19 @@ def require_held(caller: Caller, permissions: Iterable[str]) -> None:
         )
 
 
+def require_held_to_widen(caller: Caller, key: Key, updated: Key) -> None:
+    """Demands that the caller holds a key's permissions if a change lets its token through when it was refused before.
+
+    Whoever has kept a token that is switched off, has expired or is bound to a network must not gain by bringing it
+    back what its own key lacks. Raises PermissionNotHeldError.
+    """
+    is_switched_on = updated.active and not key.active
+    ends_later = key.expire_time is not None and (updated.expire_time is None or updated.expire_time > key.expire_time)
+    moves = bool(key.allowed_cidrs) and updated.allowed_cidrs != key.allowed_cidrs
+    if is_switched_on or ends_later or moves:
+        require_held(caller, key.permissions)
+
+
 def organization_for(caller: Caller, requested: str) -> str:
     """Gives the organization that a call is about: the caller's, or for root the one it names.
 

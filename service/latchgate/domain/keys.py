@@ -39,6 +39,7 @@ from latchgate.domain.permissions import WILDCARD
 from latchgate.domain.ports import EffectWaiter, IdMaker, KeyStore, Sealer, Transaction
 from latchgate.domain.requests import Retry
 from latchgate.domain.rules import (
+    check_email,
     check_expiry,
     check_known,
     check_metadata,
@@ -138,6 +139,8 @@ class KeyManager:
         access.require(caller, access.READ_KEYS)
         key_filter = replace(key_filter, organization_id=access.organization_for(caller, key_filter.organization_id))
         keys = await self._store.list_keys(key_filter, after, count + 1)
+        if not keys and await self._store.scopes(key_filter.organization_id) is None:
+            raise access.organization_not_found(key_filter.organization_id)
         return KeyPage(keys=keys[:count], more=len(keys) > count)
 
     async def update(self, caller: Caller, key_id: str, etag: str, changes: KeyChanges) -> Changed:
@@ -156,6 +159,7 @@ class KeyManager:
         return await self._changed(key)
 
     async def _check_update(self, transaction: Transaction, caller: Caller, key: Key, updated: Key) -> None:
+        access.require_held_to_widen(caller, key, updated)
         if updated.permissions != key.permissions:
             if key.is_root:
                 raise RootOrganizationError("the permissions of root keys are fixed: they may do everything")
@@ -178,6 +182,7 @@ class KeyManager:
             check_not_ended(key)
             updated = replace(key, active=not key.active if active is None else active)
             if updated != key:
+                access.require_held_to_widen(caller, key, updated)
                 if not updated.active:
                     await _keep_a_root_key(transaction, key)
                 key = await _save(transaction, updated)
@@ -236,6 +241,8 @@ class KeyManager:
         organization_id = access.organization_for(caller, organization_id)
         found = await self._store.publishable_key(organization_id, environment)
         if found is None:
+            if await self._store.scopes(organization_id) is None:
+                raise access.organization_not_found(organization_id)
             raise KeyNotFoundError(
                 f"organization {organization_id} has no active publishable key for {environment.value}; create one"
             )
@@ -275,6 +282,7 @@ async def _keep_a_root_key(transaction: Transaction, key: Key) -> None:
 
 
 def _checked_draft(organization_id: str, draft: KeyDraft) -> KeyDraft:
+    check_email(draft.user_email)
     check_metadata(draft.metadata)
     check_publishable(draft.key_type, draft.permissions)
     draft = replace(draft, allowed_cidrs=normal_cidrs(draft.allowed_cidrs))
@@ -289,7 +297,7 @@ def _checked_draft(organization_id: str, draft: KeyDraft) -> KeyDraft:
 
 def _checked_changes(changes: KeyChanges) -> KeyChanges:
     if changes.get("name") == "":
-        raise InvalidFieldError([("key.name", "must not be empty")])
+        raise InvalidFieldError([("name", "must not be empty")])
     if "metadata" in changes:
         check_metadata(changes["metadata"])
     if "allowed_cidrs" in changes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
@@ -91,9 +92,9 @@ class OrganizationManager:
         """Changes fields of an organization."""
         access.require_root(caller)
         if changes.get("name") == "":
-            raise InvalidFieldError([("organization.name", "must not be empty")])
+            raise InvalidFieldError([("name", "must not be empty")])
         if changes.get("plan_id") == "":
-            raise InvalidFieldError([("organization.plan_id", "must not be empty")])
+            raise InvalidFieldError([("plan_id", "must not be empty")])
         _check_scopes(changes.get("scopes", ()))
         if organization_id == ROOT_ORGANIZATION_ID and changes.keys() - {"name"}:
             raise RootOrganizationError(f"of {ROOT_ORGANIZATION_ID} only the name can be changed")
@@ -129,6 +130,6 @@ class OrganizationManager:
 
 
 def _check_scopes(scopes: Sequence[Scope]) -> None:
-    names = [scope.name for scope in scopes]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    names = Counter(scope.name for scope in scopes)
+    if repeated := sorted(name for name, count in names.items() if count > 1):
         raise InvalidFieldError([("scopes", f"must name each scope once; {', '.join(repeated)} stands there again")])

@@ -73,10 +73,11 @@ class WindowLimiter:
         allowed = window.used + cost <= limit
         if allowed and cost:
             window.add(now, cost)
-        room = 0 if allowed else max(limit - cost, 0)
+        # A cost beyond the limit never fits: whoever comes back nonetheless is kept from doing so at once.
+        reset_after_s = WINDOW_SLOTS if cost > limit else window.seconds_until(now, 0 if allowed else limit - cost)
         return RateState(
             allowed=allowed,
             limit=limit,
             remaining=max(limit - window.used, 0),
-            reset_after_s=float(window.seconds_until(now, room)),
+            reset_after_s=float(reset_after_s),
         )

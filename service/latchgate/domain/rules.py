@@ -12,15 +12,30 @@ from latchgate.domain.model import Key, KeyState, KeyType, Scope
 from latchgate.domain.permissions import Grants, is_known
 
 MAX_METADATA_BYTES = 4096
+MAX_EMAIL_LENGTH = 254
+MAPPED_PREFIX_LENGTH = 96
 LATEST_TIME = datetime(9999, 12, 31, tzinfo=UTC)
 
 
 def check_expiry(expire_time: datetime | None, now: datetime) -> None:
-    """Demands that an expiry lies ahead, by the database's clock. Raises InvalidFieldError."""
-    if expire_time is not None and expire_time <= now:
+    """Demands that an expiry lies ahead, by the database's clock. Raises InvalidFieldError.
+
+    It must not lie in the calendar's last day either: storage takes the last moment of it for infinity.
+    """
+    if expire_time is None:
+        return
+    if expire_time <= now:
         raise InvalidFieldError(
             [("expire_time", f"must lie in the future; now is {now.isoformat(timespec='seconds')}")]
         )
+    if expire_time > LATEST_TIME:
+        raise InvalidFieldError([("expire_time", f"must not lie beyond {LATEST_TIME.isoformat()}; leave it out")])
+
+
+def check_email(email: str) -> None:
+    """Demands that a mail address keeps to the length that one can have (RFC 5321). Raises InvalidFieldError."""
+    if len(email) > MAX_EMAIL_LENGTH:
+        raise InvalidFieldError([("user_email", f"must be at most {MAX_EMAIL_LENGTH} characters")])
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
@@ -31,11 +46,14 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 
 
 def normal_cidrs(cidrs: Sequence[str]) -> tuple[str, ...]:
-    """Gives networks in their normal form; a single address becomes a network of one. Raises InvalidFieldError."""
+    """Gives networks in their normal form; a single address becomes a network of one. Raises InvalidFieldError.
+
+    IPv4 networks that are mapped into IPv6 become IPv4, as addresses do when they are matched.
+    """
     normal, violations = [], []
     for index, cidr in enumerate(cidrs):
         try:
-            normal.append(str(ipaddress.ip_network(cidr)))
+            normal.append(str(_network(cidr)))
         except ValueError:
             violations.append((f"allowed_cidrs[{index}]", _cidr_advice(cidr)))
     if violations:
@@ -43,9 +61,21 @@ def normal_cidrs(cidrs: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(normal))
 
 
+def _network(cidr: str, *, strict: bool = True) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """Reads a network. Raises ValueError, also for a zone (`%eth0`): it means nothing away from its own machine."""
+    if "%" in cidr:
+        raise ValueError("zones are not matched")
+    network = ipaddress.ip_network(cidr, strict=strict)
+    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= MAPPED_PREFIX_LENGTH:
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None:
+            return ipaddress.IPv4Network((mapped, network.prefixlen - MAPPED_PREFIX_LENGTH))
+    return network
+
+
 def _cidr_advice(cidr: str) -> str:
     try:
-        network = ipaddress.ip_network(cidr, strict=False)
+        network = _network(cidr, strict=False)
     except ValueError:
         return "must be a network such as 203.0.113.0/24 or 2001:db8::/32, or an address"
     return f"must not have bits set beyond its prefix length; did you mean {network}?"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Final
 from uuid import UUID
@@ -89,6 +90,15 @@ def _duration(span: timedelta) -> duration_pb2.Duration:
     message = duration_pb2.Duration()
     message.FromTimedelta(span)
     return message
+
+
+@contextmanager
+def fields_of(message: str) -> Iterator[None]:
+    """Writes the paths of bad fields as they stand within `message` of the request."""
+    try:
+        yield
+    except InvalidFieldError as error:
+        raise InvalidFieldError([(f"{message}.{field}", advice) for field, advice in error.violations]) from None
 
 
 def request_id(text: str) -> UUID | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from apikeys.v1 import key_service_pb2 as pb
 from latchgate.domain import access
@@ -13,7 +14,7 @@ from latchgate.domain.model import Caller, Verdict
 from latchgate.domain.validation import Validator
 from latchgate.rpc import convert
 from latchgate.rpc.observers import OutcomeObserver
-from latchgate.rpc.pages import PageTokens, page_size
+from latchgate.rpc.pages import PageTokens, fitting, page_size
 
 MAX_BATCH = 100
 
@@ -41,11 +42,14 @@ class KeyService:
     async def list_keys(self, request: pb.ListKeysRequest, caller: Caller) -> pb.ListKeysResponse:
         """Lists keys."""
         key_filter, size = convert.key_filter(request), page_size(request.page_size)
-        listing = ("keys", caller.organization_id, key_filter)
+        # The own organization is the same list whether it is named or not.
+        named = replace(key_filter, organization_id=key_filter.organization_id or caller.organization_id)
+        listing = ("keys", caller.organization_id, named)
         page = await self._keys.list(caller, key_filter, self._pages.read(listing, request.page_token), size)
+        keys, is_cut = fitting(convert.key_message(key) for key in page.keys)
         return pb.ListKeysResponse(
-            keys=[convert.key_message(key) for key in page.keys],
-            next_page_token=self._pages.make(listing, page.keys[-1].id) if page.more else "",
+            keys=keys,
+            next_page_token=self._pages.make(listing, keys[-1].id) if page.more or is_cut else "",
         )
 
     async def update_key(self, request: pb.UpdateKeyRequest, caller: Caller) -> pb.UpdateKeyResponse:
@@ -53,7 +57,8 @@ class KeyService:
         if not request.key.id:
             raise InvalidFieldError([("key.id", "must name the key to change")])
         changes = convert.key_changes(request)
-        changed = await self._keys.update(caller, request.key.id, request.etag, changes)
+        with convert.fields_of("key"):
+            changed = await self._keys.update(caller, request.key.id, request.etag, changes)
         return pb.UpdateKeyResponse(key=convert.key_message(changed.key), effect=convert.effect_message(changed.effect))
 
     async def toggle_key(self, request: pb.ToggleKeyRequest, caller: Caller) -> pb.ToggleKeyResponse:

@@ -7,7 +7,7 @@ from latchgate.domain.errors import InvalidFieldError
 from latchgate.domain.model import Caller
 from latchgate.domain.organizations import OrganizationManager
 from latchgate.rpc import convert
-from latchgate.rpc.pages import PageTokens, page_size
+from latchgate.rpc.pages import PageTokens, fitting, page_size
 
 
 class OrganizationService:
@@ -39,9 +39,10 @@ class OrganizationService:
         listing = ("organizations", caller.organization_id)
         after = self._pages.read(listing, request.page_token)
         page = await self._organizations.list(caller, after, page_size(request.page_size))
+        organizations, is_cut = fitting(convert.organization_message(each) for each in page.organizations)
         return pb.ListOrganizationsResponse(
-            organizations=[convert.organization_message(organization) for organization in page.organizations],
-            next_page_token=self._pages.make(listing, page.organizations[-1].id) if page.more else "",
+            organizations=organizations,
+            next_page_token=self._pages.make(listing, organizations[-1].id) if page.more or is_cut else "",
         )
 
     async def update_organization(
@@ -51,7 +52,8 @@ class OrganizationService:
         if not request.organization.id:
             raise InvalidFieldError([("organization.id", "must name the organization to change")])
         changes = convert.organization_changes(request)
-        organization, effect = await self._organizations.update(caller, request.organization.id, changes)
+        with convert.fields_of("organization"):
+            organization, effect = await self._organizations.update(caller, request.organization.id, changes)
         return pb.UpdateOrganizationResponse(
             organization=convert.organization_message(organization), effect=convert.effect_message(effect)
         )

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Iterable
+from typing import TypeVar
 
 from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from google.protobuf.message import Message
 
 from latchgate.domain.errors import PageTokenError
 
 DEFAULT_SIZE = 100
 MAX_SIZE = 1000
+# Well within the 4 MiB that clients take by default.
+MAX_PAGE_BYTES = 3 * 1024 * 1024
+
+Item = TypeVar("Item", bound=Message)
 
 
 class PageTokens:
@@ -50,3 +57,15 @@ def _fingerprint(listing: tuple[object, ...]) -> bytes:
 def page_size(requested: int) -> int:
     """Gives how many to list: the default for 0, the most there is for more."""
     return min(requested, MAX_SIZE) or DEFAULT_SIZE
+
+
+def fitting(items: Iterable[Item]) -> tuple[list[Item], bool]:
+    """Gives the items that fit into one answer, at least one, and whether any had to be left for the next page."""
+    page: list[Item] = []
+    left_bytes = MAX_PAGE_BYTES
+    for item in items:
+        left_bytes -= item.ByteSize()
+        if page and left_bytes < 0:
+            return page, True
+        page.append(item)
+    return page, False

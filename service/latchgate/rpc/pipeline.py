@@ -26,7 +26,6 @@ from latchgate.domain.callers import caller_of
 from latchgate.domain.errors import (
     CredentialsInvalidError,
     CredentialsMissingError,
-    LatchgateError,
     StorageUnavailableError,
 )
 from latchgate.domain.model import Caller
@@ -34,7 +33,7 @@ from latchgate.domain.validation import Validator
 from latchgate.rpc.observers import CallObserver
 from latchgate.rpc.peers import peer_address
 from latchgate.rpc.requests import check_rules, parse
-from latchgate.rpc.status import code_and_reason, internal_status, status_of
+from latchgate.rpc.status import code_and_reason, internal_status, is_listed, status_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 ManagementHandler = Callable[[Any, Any, Caller], Awaitable[Message]]
@@ -79,7 +78,7 @@ class Pipeline:
         name, service, request_type = _described(method)
 
         async def behave(raw: bytes, context: Context) -> Message | None:
-            call = _Call(name, context)
+            call = _Call(name, context, time.perf_counter())
             try:
                 backend = self._connected()
                 call.caller = await _identify(backend, context)
@@ -106,7 +105,7 @@ class Pipeline:
                 caller = None if self._is_validate_open else await _identify(backend, context)
                 return await handler(backend.services[service], parse(request_type, raw), caller)
             except BaseException as error:  # noqa: BLE001 - as above
-                call = _Call(name, context)
+                call = _Call(name, context, start_s)
                 try:
                     await call.refuse(error)
                 finally:
@@ -133,10 +132,10 @@ async def _identify(backend: Backend, context: Context) -> Caller:
 class _Call:
     """What the log line of one call says."""
 
-    def __init__(self, method: str, context: Context) -> None:
+    def __init__(self, method: str, context: Context, start_s: float) -> None:
         self._method = method
         self._context = context
-        self._start_s = time.perf_counter()
+        self._start_s = start_s
         self._facts: dict[str, object] = {}
         self.caller: Caller | None = None
         self.code = grpc.StatusCode.OK
@@ -146,20 +145,30 @@ class _Call:
 
     async def refuse(self, error: BaseException) -> NoReturn:
         """Ends the call with the status that the error has. Always raises."""
-        if isinstance(error, LatchgateError):
+        if isinstance(error, asyncio.CancelledError):
+            is_late = self._is_at_deadline()
+            self.code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+            raise error
+        if not isinstance(error, Exception):
+            self.code = grpc.StatusCode.UNKNOWN
+            raise error
+        if is_listed(error):
             self.code, reason = code_and_reason(error)
             self._facts["reason"] = reason
             await self._abort(status_of(error))
-        if isinstance(error, asyncio.CancelledError):
-            self.code = grpc.StatusCode.CANCELLED
-            raise error
-        if not isinstance(error, Exception):
-            raise error
         self.code = grpc.StatusCode.INTERNAL
         incident = secrets.token_hex(4)
         # Not the error's text: it may hold what was sent, or what a row holds.
         self._facts |= {"incident": incident, "error": type(error).__name__, "where": _where(error)}
         await self._abort(internal_status(incident))
+
+    def _is_at_deadline(self) -> bool:
+        """Says whether the caller's deadline is why the call is cancelled: grpc does not tell.
+
+        The caller gives up at its own deadline; the one that has reached the server is rounded up by about 1 %.
+        """
+        remaining_s: float | None = self._context.time_remaining()
+        return remaining_s is not None and remaining_s <= 0.005 + 0.02 * self.seconds()
 
     async def _abort(self, status: status_pb2.Status) -> NoReturn:
         # grpc.aio has no abort_with_status; the details travel in the trailer that it would have filled.

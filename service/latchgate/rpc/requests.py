@@ -15,6 +15,9 @@ from latchgate.domain.errors import InvalidFieldError, MalformedRequestError
 
 Request = TypeVar("Request", bound=Message)
 
+# As many as a batch may hold.
+MAX_REPAIRED: Final = 100
+
 # What the contract's patterns mean, for people. A test keeps it complete.
 PATTERN_ADVICE: Final = {
     r"^[^\x00-\x1f\x7f]*$": "must not hold control characters",
@@ -44,7 +47,7 @@ def parse(request_type: type[Request], raw: bytes) -> Request:
         repaired = _without_unreadable_tokens(request_type, raw)
         if repaired is None:
             raise MalformedRequestError(
-                f"the request is not a {request_type.DESCRIPTOR.full_name}; check the client's proto files"
+                f"the request is no {request_type.DESCRIPTOR.full_name}; check the client's proto files"
             ) from None
         return request_type.FromString(repaired)
 
@@ -55,7 +58,11 @@ def _without_unreadable_tokens(request_type: type[Message], raw: bytes) -> bytes
         return None
     try:
         lenient: Any = _lenient(request_type.DESCRIPTOR.name).FromString(raw)
-        for request in getattr(lenient, "requests", (lenient,)):
+        requests = getattr(lenient, "requests", (lenient,))
+        if len(requests) > MAX_REPAIRED:
+            # To be refused anyway, and not worth a look at what may be a million of them.
+            return None
+        for request in requests:
             if not _is_utf8(request.token):
                 request.token = b""
         repaired: bytes = lenient.SerializeToString()
@@ -82,7 +89,8 @@ def _lenient(name: str) -> type[Message]:
         twin.DESCRIPTOR.CopyToProto(message)
         for field in message.field:
             field.ClearField("options")
-            field.type_name = field.type_name.replace(".apikeys.v1.", ".latchgate.lenient.")
+            if field.HasField("type_name"):
+                field.type_name = field.type_name.replace(".apikeys.v1.", ".latchgate.lenient.")
             if field.name == "token":
                 field.type = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
     pool = descriptor_pool.DescriptorPool()

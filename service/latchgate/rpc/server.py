@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
-from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from apikeys.v1 import key_service_pb2, organization_service_pb2
+from latchgate.rpc.health import Health
 from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
 from latchgate.rpc.pipeline import Pipeline
@@ -58,19 +60,33 @@ class RpcServer:
     """A server with its health servicer."""
 
     server: grpc.aio.Server
-    health: health.aio.HealthServicer
+    health: Health
     port: int
 
     async def set_serving(self, *, is_serving: bool) -> None:
         """Tells health checks whether the service can answer."""
-        status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", *(service.full_name for service in SERVICES)):
-            await self.health.set(service, status)
+        self.health.set_serving(is_serving=is_serving)
 
     async def stop(self, grace_s: float) -> None:
         """Says NOT_SERVING for good, takes no new calls, and gives those under way `grace_s` seconds to finish."""
-        await self.health.enter_graceful_shutdown()
+        self.health.stop()
         await self.server.stop(grace_s)
+
+
+class _ReflectionPool:
+    """The default pool, which finds methods as well: `grpcurl describe SERVICE.METHOD` asks for their file by name."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(descriptor_pool.Default(), name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:  # noqa: N802 - named by protobuf
+        """Finds the file of a symbol. Raises KeyError."""
+        pool = descriptor_pool.Default()
+        try:
+            return pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            # The C pool knows all symbols but methods.
+            return pool.FindMethodByName(symbol).containing_service.file
 
 
 def make_server(
@@ -83,10 +99,11 @@ def make_server(
     server = grpc.aio.server(options=OPTIONS)
     server.add_generic_rpc_handlers((_bind(KEY_SERVICE, KeyService, pipeline),))
     server.add_generic_rpc_handlers((_bind(ORGANIZATION_SERVICE, OrganizationService, pipeline),))
-    health_servicer = health.aio.HealthServicer()
+    served = [service.full_name for service in SERVICES]
+    health_servicer = Health(served)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    names = [*(service.full_name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME]
-    reflection.enable_server_reflection(names, server)
+    names = [*served, health.SERVICE_NAME, reflection.SERVICE_NAME]
+    reflection.enable_server_reflection(names, server, cast("descriptor_pool.DescriptorPool", _ReflectionPool()))
     try:
         port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
     except RuntimeError:

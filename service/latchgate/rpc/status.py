@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, TypeGuard
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -13,6 +13,13 @@ from latchgate.domain import errors
 
 DOMAIN: Final = "latchgate"
 REASON_PREFIX: Final = "ERROR_REASON_"
+
+# A status travels in headers, and clients refuse those beyond 8 KiB: they would see another error than the one that was
+# meant. These bounds keep every status below, with what base64 and percent signs add.
+MAX_MESSAGE_BYTES: Final = 1024
+MAX_VIOLATIONS_BYTES: Final = 2048
+MAX_FIELD_BYTES: Final = 200
+MAX_DESCRIPTION_BYTES: Final = 400
 
 _Reason = error_reason_pb2.ErrorReason
 
@@ -50,6 +57,11 @@ _TABLE: Final[dict[type[errors.LatchgateError], tuple[grpc.StatusCode, error_rea
 }
 
 
+def is_listed(error: Exception) -> TypeGuard[errors.LatchgateError]:
+    """Says whether an error is one that clients are told of."""
+    return type(error) in _TABLE
+
+
 def code_and_reason(error: errors.LatchgateError) -> tuple[grpc.StatusCode, str]:
     """Gives the gRPC code and the reason of an error."""
     code, reason = _TABLE[type(error)]
@@ -61,20 +73,30 @@ def status_of(error: errors.LatchgateError) -> status_pb2.Status:
     code, reason = code_and_reason(error)
     status = _status(code, error.message, reason, dict(error.details))
     if isinstance(error, errors.InvalidFieldError):
-        _attach(
-            status,
-            error_details_pb2.BadRequest(
-                field_violations=[
-                    error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
-                    for field, description in error.violations
-                ]
-            ),
-        )
+        _attach(status, _bad_request(error))
     if isinstance(error, errors.CallerRateLimitedError):
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         _attach(status, error_details_pb2.RetryInfo(retry_delay=delay))
     return status
+
+
+def _bad_request(error: errors.InvalidFieldError) -> error_details_pb2.BadRequest:
+    """Names the fields that break rules, the first ones if there are too many for a status."""
+    bad_request = error_details_pb2.BadRequest()
+    for field, description in error.violations:
+        bad_request.field_violations.add(
+            field=_shortened(field, MAX_FIELD_BYTES), description=_shortened(description, MAX_DESCRIPTION_BYTES)
+        )
+        if bad_request.ByteSize() > MAX_VIOLATIONS_BYTES:
+            del bad_request.field_violations[-1]
+            break
+    return bad_request
+
+
+def _shortened(text: str, max_bytes: int) -> str:
+    encoded = text.encode()
+    return text if len(encoded) <= max_bytes else encoded[: max_bytes - 4].decode(errors="ignore") + " ..."
 
 
 def internal_status(incident: str) -> status_pb2.Status:
@@ -89,7 +111,7 @@ def internal_status(incident: str) -> status_pb2.Status:
 
 def _status(code: grpc.StatusCode, message: str, reason: str, metadata: dict[str, str]) -> status_pb2.Status:
     number: int = code.value[0]
-    status = status_pb2.Status(code=number, message=message)
+    status = status_pb2.Status(code=number, message=_shortened(message, MAX_MESSAGE_BYTES))
     _attach(status, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
     return status
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -28,48 +28,66 @@ class TlsFiles:
     client_ca: Path | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pem:
+    """What the files hold."""
+
+    certificate: bytes
+    key: bytes = field(repr=False)
+    client_ca: bytes | None
+
+
 class ReloadingCredentials:
-    """Serves the newest certificates that can be read; a change takes hold with the next connection."""
+    """Serves the newest certificates that can be used; a change takes hold with the next connection."""
 
     def __init__(self, files: TlsFiles) -> None:
         """Reads the files. Raises CertificateError."""
         self._files = files
-        self._seen = self._read()
+        self._looked_at = _read(files)
+        _check(files, self._looked_at)
+        self._problem = ""
 
     def credentials(self) -> grpc.ServerCredentials:
         """Gives credentials that look for changes at each handshake."""
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration(self._seen),
+            _configuration(self._looked_at),
             self._changed,  # type: ignore[arg-type]  # None, for no change, is missing in the stubs
             require_client_authentication=self._files.client_ca is not None,
         )
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Gives the new configuration if the files have changed since; keeps the old one while they can not be used.
+        """Gives the new configuration if the files have changed; keeps the old one while they can not be used.
 
-        Called by grpc at each handshake, on a thread of its own.
+        Called by grpc at each handshake, on a thread of its own. What was looked at is not parsed again: to check a key
+        of 4096 bits takes a quarter of a second, for which everything else would stand still. A problem is logged once.
         """
         try:
-            found = self._read()
+            found = _read(self._files)
+            if found == self._looked_at:
+                return None
+            self._looked_at = found
+            _check(self._files, found)
         except CertificateError as error:
-            _log.error("certificate_not_reloaded", problem=str(error))
+            if self._problem != str(error):
+                self._problem = str(error)
+                _log.error("certificate_not_reloaded", problem=self._problem)
             return None
-        if found == self._seen:
-            return None
-        self._seen = found
+        self._problem = ""
         _log.info("certificate_reloaded", file=str(self._files.certificate))
-        return self._configuration(found)
+        return _configuration(found)
 
-    def _read(self) -> tuple[bytes, bytes, bytes | None]:
-        files = self._files
-        certificate, key = _pem(files.certificate, b"CERTIFICATE"), _pem(files.key, b"PRIVATE KEY")
-        _check_pair(files, certificate, key)
-        return certificate, key, _pem(files.client_ca, b"CERTIFICATE") if files.client_ca else None
 
-    @staticmethod
-    def _configuration(seen: tuple[bytes, bytes, bytes | None]) -> grpc.ServerCertificateConfiguration:
-        certificate, key, client_ca = seen
-        return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=client_ca)
+def _configuration(pem: _Pem) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(pem.key, pem.certificate)], root_certificates=pem.client_ca)
+
+
+def _read(files: TlsFiles) -> _Pem:
+    """Reads the files. Raises CertificateError."""
+    return _Pem(
+        certificate=_pem(files.certificate, b"CERTIFICATE"),
+        key=_pem(files.key, b"PRIVATE KEY"),
+        client_ca=_pem(files.client_ca, b"CERTIFICATE") if files.client_ca else None,
+    )
 
 
 def _pem(path: Path, kind: bytes) -> bytes:
@@ -79,20 +97,32 @@ def _pem(path: Path, kind: bytes) -> bytes:
         raise CertificateError(f"{path}: {error.strerror}") from None
     if b"-----BEGIN " not in content or kind not in content:
         raise CertificateError(f"{path}: holds no PEM {kind.decode()}")
+    if content.count(b"-----BEGIN ") != content.count(b"-----END "):
+        raise CertificateError(f"{path}: ends too early, or is still being written")
     return content
 
 
-def _check_pair(files: TlsFiles, certificate: bytes, key: bytes) -> None:
-    """Demands that a key is the certificate's: between two writes they may not match. Raises CertificateError."""
+def _check(files: TlsFiles, pem: _Pem) -> None:
+    """Demands files that can be used together: between two writes they may not match. Raises CertificateError."""
+    public = _first_key(files.certificate, pem.certificate)
     try:
-        public = x509.load_pem_x509_certificate(certificate).public_key()
-        private = serialization.load_pem_private_key(key, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise CertificateError(
-            f"{files.certificate} and {files.key}: can not be read, or the key has a password"
-        ) from None
+        private = serialization.load_pem_private_key(pem.key, password=None)
+    except TypeError:
+        raise CertificateError(f"{files.key}: has a password; it must have none") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise CertificateError(f"{files.key}: is no private key that can be read") from None
     if _spki(public) != _spki(private.public_key()):
         raise CertificateError(f"{files.key}: is not the key of {files.certificate}")
+    if files.client_ca is not None and pem.client_ca is not None:
+        _first_key(files.client_ca, pem.client_ca)
+
+
+def _first_key(path: Path, content: bytes) -> PublicKeyTypes:
+    """Gives the key of the first certificate, which in a server's chain is its own. Raises CertificateError."""
+    try:
+        return x509.load_pem_x509_certificates(content)[0].public_key()
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
+        raise CertificateError(f"{path}: holds a certificate that can not be read") from None
 
 
 def _spki(key: PublicKeyTypes) -> bytes:

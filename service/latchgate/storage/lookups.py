@@ -9,7 +9,7 @@ from typing import Protocol
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.domain.model import Lookup
 from latchgate.storage import queries, rows
-from latchgate.storage.postgres import ACQUIRE_TIMEOUT_S, Database, translated
+from latchgate.storage.postgres import Database, lent
 
 MAX_BATCH = 500
 
@@ -30,9 +30,8 @@ def find_many(database: Database) -> FindMany:
     """Makes the function that asks the database for many digests at once, at one instant."""
 
     async def find(digests: Sequence[bytes]) -> Mapping[bytes, Lookup]:
-        with translated():
-            async with database.lookups.acquire(timeout=ACQUIRE_TIMEOUT_S) as connection:
-                found = await connection.fetch(queries.SECRET_FIND, digests)
+        async with lent(database.lookups) as connection:
+            found = await connection.fetch(queries.SECRET_FIND, digests)
         now, revision = found[0]["now"], found[0]["revision"]
         missing = Lookup(record=None, now=now, revision=revision)
         lookups = dict.fromkeys(digests, missing)

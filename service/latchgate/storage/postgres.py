@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TypeAlias
 
 import asyncpg
+from asyncpg.connect_utils import SessionAttribute
 from asyncpg.pool import PoolConnectionProxy
 
 from latchgate.domain.errors import StorageUnavailableError, WriteUnknownError
@@ -19,13 +20,20 @@ Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
 CONNECT_TIMEOUT_S = 2.0
 ACQUIRE_TIMEOUT_S = 2.0
-MANAGEMENT_TIMEOUT_S = 5.0
+# Longer than the server's own limits below: as long as it can be reached, it is the server that says what timed out.
+MANAGEMENT_TIMEOUT_S = 6.0
 LOOKUP_TIMEOUT_S = 1.0
+ROLLBACK_TIMEOUT_S = 1.0
 LOOKUP_CONNECTIONS = 2
 
-# The server ends what a client that is gone has left behind: no lock outlives its holder for long.
+# Whatever the address names: a standby answers from the past, and can not be written.
+SESSION_KIND = SessionAttribute.primary
+
+# The server ends what a client that is gone has left behind: no lock outlives its holder for long. The locks of
+# transactions are followed by reads that must see what the former holder committed: never under a fixed snapshot.
 _SERVER_SETTINGS = {
     "application_name": "latchgate",
+    "default_transaction_isolation": "read committed",
     "idle_in_transaction_session_timeout": "5s",
     "statement_timeout": "5s",
     "lock_timeout": "4s",
@@ -48,6 +56,7 @@ _AWAY = (
     asyncpg.SerializationError,
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.PostgresSystemError,
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
     asyncpg.InternalClientError,
@@ -62,8 +71,9 @@ def translated() -> Iterator[None]:
     """
     try:
         yield
-    except (asyncpg.DataError, asyncpg.ClientConfigurationError):
-        # A value that a column can not hold, or an address that is none: faults that waiting does not mend.
+    except ValueError:
+        # The driver's own DataError and ClientConfigurationError are such: a value that a column can not hold, an
+        # address that can not be read. Waiting does not mend them.
         raise
     except _AWAY as error:
         raise StorageUnavailableError(f"the database is not available ({type(error).__name__})") from None
@@ -93,6 +103,7 @@ class Database:
             min_size=0,
             max_size=pool_size,
             timeout=CONNECT_TIMEOUT_S,
+            target_session_attrs=SESSION_KIND,
             command_timeout=MANAGEMENT_TIMEOUT_S,
             max_inactive_connection_lifetime=60.0,
             init=_prepare_connection,
@@ -103,12 +114,13 @@ class Database:
             min_size=0,
             max_size=LOOKUP_CONNECTIONS,
             timeout=CONNECT_TIMEOUT_S,
+            target_session_attrs=SESSION_KIND,
             command_timeout=LOOKUP_TIMEOUT_S,
             max_inactive_connection_lifetime=0,
             init=_prepare_connection,
             reset=_keep_as_it_is,
             # One plan for every batch size, made once: it always goes by the index on the digest.
-            server_settings=_SERVER_SETTINGS | {"plan_cache_mode": "force_generic_plan"},
+            server_settings=_SERVER_SETTINGS | {"plan_cache_mode": "force_generic_plan", "statement_timeout": "800ms"},
         )
         with translated():
             await management
@@ -126,50 +138,86 @@ class Database:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """Lends a connection of the management pool for statements of their own."""
-        with translated():
-            async with self.management.acquire(timeout=ACQUIRE_TIMEOUT_S) as connection:
-                yield connection
+        async with lent(self.management) as connection:
+            yield connection
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Lends a connection with a transaction open: committed at the end of the block, undone if the block raises.
 
-        Raises WriteUnknownError if the connection is lost while the commit is under way.
+        Raises StorageUnavailableError only if nothing was changed, and WriteUnknownError if that can not be known: the
+        commit was sent, and what came of it was not heard.
         """
-        with translated():
-            async with self.management.acquire(timeout=ACQUIRE_TIMEOUT_S) as connection:
-                transaction = connection.transaction()
+        async with lent(self.management) as connection:
+            transaction = connection.transaction()
+            try:
                 await transaction.start()
-                try:
-                    yield connection
-                except BaseException:
-                    await _roll_back(connection, transaction)
-                    raise
-                await _commit(transaction)
+                yield connection
+            except TimeoutError:
+                # The connection is cut as it is given back, and with it goes the transaction.
+                raise
+            except BaseException:
+                await _roll_back(connection, transaction)
+                raise
+            await _commit(connection, transaction)
 
 
-async def _roll_back(connection: Connection, transaction: asyncpg.transaction.Transaction) -> None:
-    """Undoes a transaction. A connection that can not do so any more is cut, and the server undoes it."""
-    try:
-        await transaction.rollback()
-    except (asyncpg.PostgresError, *_AWAY):
+@asynccontextmanager
+async def lent(pool: Pool) -> AsyncIterator[Connection]:
+    """Lends a connection, and takes it back clean or cuts it, which is no failure of what was done with it."""
+    with translated():
+        connection = await pool.acquire(timeout=ACQUIRE_TIMEOUT_S)
+        try:
+            yield connection
+        except TimeoutError:
+            # Whoever does not answer will not acknowledge a cancellation either.
+            _cut(connection)
+            raise
+        finally:
+            with suppress(asyncpg.PostgresError, *_AWAY):
+                await pool.release(connection)
+
+
+def _cut(connection: Connection) -> None:
+    """Ends a connection without a word to the server; one that was lost before is back in its pool by now."""
+    with suppress(asyncpg.InterfaceError):
         connection.terminate()
 
 
-async def _commit(transaction: asyncpg.transaction.Transaction) -> None:
+async def _roll_back(connection: Connection, transaction: asyncpg.transaction.Transaction) -> None:
+    """Undoes a transaction. A connection that can not do so at once is cut, and the server undoes it."""
+    try:
+        async with asyncio.timeout(ROLLBACK_TIMEOUT_S):
+            await transaction.rollback()
+    except (asyncpg.PostgresError, *_AWAY):
+        _cut(connection)
+    except BaseException:
+        _cut(connection)
+        raise
+
+
+async def _commit(connection: Connection, transaction: asyncpg.transaction.Transaction) -> None:
+    """Commits. Raises WriteUnknownError unless the server has said what came of it."""
     try:
         await transaction.commit()
-    except (
-        OSError,
-        TimeoutError,
-        asyncpg.InterfaceError,
-        asyncpg.PostgresConnectionError,
-        asyncpg.OperatorInterventionError,
-    ):
-        pass
+    except (asyncpg.PostgresError, *_AWAY) as error:
+        if _is_undone(error):
+            raise
     else:
         return
+    _cut(connection)
     raise WriteUnknownError(
         "the connection to the database was lost while the change was being stored; repeat the call to find out "
         "(with the same request_id, where it has one)"
     )
+
+
+def _is_undone(error: Exception) -> bool:
+    """Says whether a failed commit has changed nothing: only an ERROR is sent by a server that goes on and knows.
+
+    With FATAL the session ends and with PANIC the whole server, which may be after the commit was written.
+    """
+    if isinstance(error, asyncpg.PostgresConnectionError) or not isinstance(error, asyncpg.PostgresError):
+        return False
+    severity: str | None = error.severity_en
+    return severity == "ERROR"

@@ -1,0 +1,107 @@
+"""The work beside the calls: done again and again, told of when it fails, and never gone without a word."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import structlog
+
+from latchgate.domain.errors import UnavailableError
+
+_FRAMES = 6
+_log = structlog.get_logger("latchgate.background")
+
+
+class BackgroundError(Exception):
+    """Work that the service can not do without has ended by itself. The message says which."""
+
+
+class Background:
+    """Runs work beside the calls until it is closed.
+
+    `failures` counts by the name of the work how often it failed with an error that nobody expected.
+    """
+
+    def __init__(self) -> None:
+        self.failures: Counter[str] = Counter()
+        self._stopping = asyncio.Event()
+        self._died = asyncio.Event()
+        self._death = ""
+        self._lasting: set[asyncio.Task[None]] = set()
+        self._repeated: set[asyncio.Task[None]] = set()
+
+    def keep(self, name: str, work: Awaitable[object]) -> None:
+        """Runs work that lasts as long as the service; it is cancelled at the end."""
+        self._lasting.add(asyncio.create_task(self._watched(name, work)))
+
+    def repeat(self, name: str, interval_s: float, work: Callable[[], Awaitable[None]]) -> None:
+        """Does some work again and again; at the end what is under way is finished.
+
+        A time at which the database is away is let pass, and so is a fault of the work itself: the next time may be
+        better, and calls are worth more than what is done beside them. Both are logged, faults each time.
+        """
+        self._repeated.add(asyncio.create_task(self._watched(name, self._again(name, interval_s, work))))
+
+    def failed(self, name: str, error: Exception) -> None:
+        """Takes note of an error that nobody expected. Not of its text: it may hold what a row holds."""
+        self.failures[name] += 1
+        _log.error("work_failed", work=name, error=type(error).__name__, where=where(error))
+
+    async def death(self) -> None:
+        """Waits until work has ended that should not. Raises BackgroundError."""
+        await self._died.wait()
+        raise BackgroundError(self._death)
+
+    def stop(self) -> None:
+        """Begins no work any more; from here on it is no fault that work ends."""
+        self._stopping.set()
+
+    async def close(self) -> None:
+        """Ends all work and waits until it has ended."""
+        self.stop()
+        for task in self._lasting:
+            task.cancel()
+        await asyncio.gather(*self._lasting, *self._repeated, return_exceptions=True)
+
+    async def _watched(self, name: str, work: Awaitable[object]) -> None:
+        reason = "it came to an end"
+        try:
+            await work
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+            self.failed(name, error)
+            reason = f"{type(error).__name__} at {where(error)[-1]}"
+        if not self._stopping.is_set():
+            self._death = self._death or f"the service can not go on without its {name}: {reason}"
+            self._died.set()
+
+    async def _again(self, name: str, interval_s: float, work: Callable[[], Awaitable[None]]) -> None:
+        is_put_off = False
+        while not await self._is_stopped_within(interval_s):
+            try:
+                await work()
+            except UnavailableError as error:
+                if not is_put_off:
+                    _log.warning("work_put_off", work=name, problem=error.message)
+                is_put_off = True
+                continue
+            except Exception as error:  # noqa: BLE001 - see `repeat`
+                self.failed(name, error)
+                continue
+            if is_put_off:
+                _log.info("work_resumed", work=name)
+            is_put_off = False
+
+    async def _is_stopped_within(self, seconds: float) -> bool:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        return self._stopping.is_set()
+
+
+def where(error: BaseException) -> list[str]:
+    """Gives the places that an error came through, innermost last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames[-_FRAMES:]]

@@ -1,0 +1,119 @@
+"""The page docs/performance.md."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+
+from bench import report
+from bench.load import TURN_S
+from bench.machine import Layout, cpu_model, versions
+from bench.report import spread
+from bench.rounds import Plan, Results
+
+WIDTH = 120
+
+
+def write(plan: Plan, layout: Layout, results: Results) -> str:
+    """Writes the page."""
+    blocks = (
+        "# Performance",
+        _paragraph(
+            "What a validation costs beyond the RPC that carries it, and whether it depends on how many keys there are."
+            " This page is written by `make bench`; its figures are those of one run on one machine."
+        ),
+        "## Results",
+        report.as_markdown(report.summary(results)),
+        _list(report.findings(results)),
+        _paragraph(f"Medians of {plan.rounds} rounds, with the least and the most in brackets."),
+        *(_paragraph(f"**{each}**") for each in report.warnings(results)),
+        "## What is compared",
+        _list(_method(plan, results)),
+        "## Machine",
+        _list(_machine(layout, results)),
+        "## Every round",
+        "The ratio is that to the mean of the two turns of the no-op beside it.",
+        report.as_markdown(report.rounds(results)),
+        "## Repeat it",
+        "```\nmake bench\n```",
+        _paragraph(
+            "It needs Linux, two cores and `h2load` (on Debian and Ubuntu: `apt-get install nghttp2-client`), and takes"
+            " about seven minutes. With `LATCHGATE_DATABASE_URL` it uses a PostgreSQL server of yours: it makes"
+            " databases of its own there, and drops them. `python tests/bench/run.py --help` lists what can be varied."
+            " A run with options writes no page, unless `--output` names a file."
+        ),
+    )
+    return "\n\n".join(blocks) + "\n"
+
+
+def _method(plan: Plan, results: Results) -> Iterator[str]:
+    asked = " and ".join(f"{results.distinct_keys[keys]:,} of {keys:,}" for keys in results.distinct_keys if keys > 1)
+    yield (
+        "**Validate**: `latchgate serve` with its default settings, on PostgreSQL. Every token is looked up in the"
+        " database; nothing is answered from memory. The keys have three permissions, of which a request needs one,"
+        " a rate limit that is counted and never reached, and two entries of metadata. Last uses are written."
+    )
+    yield (
+        "**No-op**: a server on the same grpcio, with the same options and the same event loop, that reads the same"
+        f" requests ({results.request_bytes} bytes) and gives to all one of the service's own answers"
+        f" ({results.answer_bytes} bytes)."
+    )
+    yield (
+        f"**Turns**: no-op, Validate, no-op, Validate and so on, {plan.seconds:g} s each, over all numbers of keys in a"
+        " round, in each round another one first. What changes on the machine meanwhile changes both."
+        " A first round is not counted."
+    )
+    yield (
+        f"**Load**: {plan.processes} processes of `h2load`, each with one connection and one request at a time. h2load"
+        " sends one body for ever, but reads it anew from its file for each request, and every"
+        f" {TURN_S * 1000:g} ms each file is given another token: drawn at random from those of"
+        f" {max(results.tokens.values()):,} keys that lie evenly among all, or of all keys where there are fewer."
+        + (f" By the last uses in the database, {asked} keys were asked for." if asked else "")
+        + " With 1 key all requests are for the same one, and those that wait together share one row of a statement."
+    )
+    yield (
+        "**Checked** in every turn: all calls ended with HTTP 200 and a message of full size; the service counted as"
+        " many VALID answers as h2load saw, and no others; before and after, an ordinary client was told the right key"
+        " for known tokens, and NOT_FOUND for two that were never made."
+    )
+    yield (
+        "**Measured**: calls a second while all h2load processes were at work, and the time from request to answer,"
+        " both from h2load's log of every call; CPU from `/proc`: the servers' with all of their threads, PostgreSQL's"
+        " that of the service's connections; keys a statement from the service's metrics."
+    )
+
+
+def _machine(layout: Layout, results: Results) -> Iterator[str]:
+    yield f"{cpu_model()}, {layout.total} cores; {datetime.now(UTC):%Y-%m-%d}."
+    if not results.is_embedded:
+        postgres = "PostgreSQL wherever it was started"
+    elif layout.load in layout.database:
+        postgres = "and PostgreSQL shared that core with it"
+    else:
+        postgres = "PostgreSQL on the rest"
+    own = spread([turn.server_share * 100 for turn in results.turns], ".0f")
+    busy = spread([turn.burst.core_share * 100 for turn in results.turns], ".0f")
+    yield (
+        f"The servers ran on core {layout.server} and on no other, one under load at a time; h2load on core"
+        f" {layout.load}, {postgres}. While Validate was measured it used {own} % of its core's time, and h2load's core"
+        f" was busy for {busy} % of the time."
+    )
+    software = ", ".join(f"{name} {number}" for name, number in versions().items())
+    kind = "the embedded one" if results.is_embedded else "the one that LATCHGATE_DATABASE_URL names"
+    yield (
+        f"{software}; PostgreSQL {results.postgres_version}, {kind}, with shared_buffers at {results.shared_buffers}."
+    )
+    sizes = ", ".join(f"{size / 1e6:,.0f} MB with {keys:,}" for keys, size in results.database_bytes.items())
+    yield f"Size of the databases by their keys: {sizes}."
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _list(texts: Iterable[str]) -> str:
+    return "\n".join(
+        textwrap.fill(f"- {text}", WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        for text in texts
+    )

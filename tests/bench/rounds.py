@@ -1,0 +1,220 @@
+"""The measurement: rounds in which the no-op and the service on each database take turns."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import database, servers
+from bench.database import Cluster
+from bench.load import Burst, Load
+from bench.machine import BenchError, Layout, process_cpu_s
+from bench.servers import Service, Target
+
+SETTLE_DEADLINE_S = 15.0
+FRAME_BYTES = 5
+# Times in an answer are written with as many bytes as they need, so answers differ by some bytes.
+SIZE_TOLERANCE_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to measure."""
+
+    keys: tuple[int, ...]
+    rounds: int
+    seconds: float
+    processes: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One server under load for the seconds of a turn. The processor time is that of one call."""
+
+    burst: Burst
+    server_cpu_us: float
+
+    @property
+    def server_share(self) -> float:
+        """How much of its core's time the server used."""
+        return self.server_cpu_us * self.burst.per_s / 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceTurn(Turn):
+    """The service under load, with the no-op's turns before and after it."""
+
+    keys: int
+    round: int
+    before: Turn
+    after: Turn
+    postgres_cpu_us: float | None
+    calls_per_statement: float
+    digests_per_statement: float
+
+    @property
+    def noop_per_s(self) -> float:
+        """What the no-op did around it."""
+        return statistics.mean([self.before.burst.per_s, self.after.burst.per_s])
+
+    @property
+    def ratio(self) -> float:
+        """Validate's throughput over the no-op's."""
+        return self.burst.per_s / self.noop_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """All that was measured. The turns of the warm-up are left out."""
+
+    turns: Sequence[ServiceTurn]
+    request_bytes: int
+    answer_bytes: int
+    database_bytes: dict[int, int]
+    distinct_keys: dict[int, int]
+    tokens: dict[int, int]
+    postgres_version: str
+    shared_buffers: str
+    is_embedded: bool
+
+
+Say = Callable[[str], None]
+
+
+async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
+    """Makes databases and servers, measures, and ends all that it has started. Raises BenchError."""
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latchgate-bench-")))
+        rng = random.Random(plan.seed)  # noqa: S311 - which keys are asked for is no secret
+        load = Load(core=layout.load, processes=plan.processes, folder=folder, rng=rng)
+        cluster = await stack.enter_async_context(database.cluster(layout.database))
+        services = []
+        for keys in plan.keys:
+            started_s = time.monotonic()
+            seeded = await stack.enter_async_context(cluster.seeded(keys))
+            say(f"seeded {keys:,} keys in {time.monotonic() - started_s:.0f} s")
+            services.append(await stack.enter_async_context(servers.service(seeded, layout.server, folder)))
+        yardstick = await stack.enter_async_context(servers.noop(services[-1].answer, layout.server, folder))
+        turns = await _Comparison(plan, layout, load, cluster, yardstick, say).run(services)
+        return Results(
+            turns=turns,
+            request_bytes=len(services[-1].bodies[0]) - FRAME_BYTES,
+            answer_bytes=yardstick.answer.ByteSize(),
+            database_bytes={each.seeded.keys: each.seeded.size_bytes for each in services},
+            distinct_keys={each.seeded.keys: await _distinct_keys(each) for each in services},
+            tokens={each.seeded.keys: len(each.seeded.tokens) for each in services},
+            postgres_version=await cluster.version(),
+            shared_buffers=await cluster.setting("shared_buffers"),
+            is_embedded=cluster.is_embedded,
+        )
+
+
+class _Comparison:
+    """Alternates between the no-op and the services: no-op, service, no-op, service ... no-op."""
+
+    def __init__(self, plan: Plan, layout: Layout, load: Load, cluster: Cluster, yardstick: Target, say: Say) -> None:
+        self._plan = plan
+        self._layout = layout
+        self._load = load
+        self._cluster = cluster
+        self._yardstick = yardstick
+        self._say = say
+
+    async def run(self, services: Sequence[Service]) -> list[ServiceTurn]:
+        """Gives the turns of the counted rounds, one of each service a round; a round of warming up comes first."""
+        counted = []
+        before = await self._noop(services[0].bodies)
+        for number in range(self._plan.rounds + 1):
+            # Another one comes first in each round, so that none always follows the same one.
+            first = number % len(services)
+            for service in (*services[first:], *services[:first]):
+                await service.check_answers()
+                turn, before = await self._service(service, number, before)
+                await service.check_answers()
+                self._report(turn)
+                if number:
+                    counted.append(turn)
+        return counted
+
+    def _report(self, turn: ServiceTurn) -> None:
+        self._say(
+            f"{f'round {turn.round}' if turn.round else 'warm-up':8} {turn.keys:>9,} keys: "
+            f"Validate {turn.burst.per_s:7,.0f}/s  no-op {turn.noop_per_s:7,.0f}/s  ratio {turn.ratio:.3f}  "
+            f"p50 {turn.burst.p50_ms:.1f} ms  p99 {turn.burst.p99_ms:.1f} ms  server {turn.server_cpu_us:.0f} us/call"
+        )
+
+    async def _noop(self, bodies: Sequence[bytes]) -> Turn:
+        turn = await self._turn(self._yardstick, bodies)
+        _check_sizes(turn.burst, self._yardstick)
+        return turn
+
+    async def _service(self, service: Service, number: int, before: Turn) -> tuple[ServiceTurn, Turn]:
+        figures, postgres_s = await service.figures(), await self._cluster.cpu_s()
+        turn = await self._turn(service, service.bodies)
+        postgres_after_s = await self._cluster.cpu_s()
+        grown = (await service.figures()).since(figures)
+        _check_sizes(turn.burst, service)
+        _check_outcomes(turn.burst, grown.outcomes)
+        after = await self._noop(service.bodies)
+        valid = grown.outcomes["VALID"]
+        postgres_cpu_us = None
+        if postgres_s is not None and postgres_after_s is not None:
+            postgres_cpu_us = (postgres_after_s - postgres_s) * 1e6 / valid
+        return ServiceTurn(
+            burst=turn.burst,
+            server_cpu_us=turn.server_cpu_us,
+            keys=service.seeded.keys,
+            round=number,
+            before=before,
+            after=after,
+            postgres_cpu_us=postgres_cpu_us,
+            calls_per_statement=valid / grown.statements,
+            digests_per_statement=grown.digests / grown.statements,
+        ), after
+
+    async def _turn(self, target: Target, bodies: Sequence[bytes]) -> Turn:
+        cpu_s = process_cpu_s(target.pid)
+        burst = await self._load.burst(target.url, bodies, self._plan.seconds)
+        return Turn(burst=burst, server_cpu_us=(process_cpu_s(target.pid) - cpu_s) * 1e6 / burst.succeeded)
+
+
+def _check_sizes(burst: Burst, target: Target) -> None:
+    """Demands that every answer was one, and as long as it must be: an error has no body."""
+    if burst.failed or burst.succeeded < 1:
+        raise BenchError(f"{burst.failed} calls failed, {burst.succeeded} did not")
+    size = FRAME_BYTES + target.answer.ByteSize()
+    least, most = burst.succeeded * (size - SIZE_TOLERANCE_BYTES), burst.started * (size + SIZE_TOLERANCE_BYTES)
+    if not least <= burst.data_bytes <= most:
+        raise BenchError(
+            f"{burst.succeeded} answers of about {size} bytes have {burst.data_bytes} bytes: some are something else"
+        )
+
+
+def _check_outcomes(burst: Burst, outcomes: Mapping[str, float]) -> None:
+    """Demands that the service counted as many VALID answers as h2load saw, and no others.
+
+    What was under way when the time was up may have been answered or not.
+    """
+    valid = outcomes.get("VALID", 0)
+    if set(outcomes) != {"VALID"} or not burst.succeeded <= valid <= burst.started:
+        raise BenchError(
+            f"h2load saw {burst.succeeded} answers to {burst.started} calls, but the service counted {dict(outcomes)}"
+        )
+
+
+async def _distinct_keys(service: Service) -> int:
+    """Gives how many keys were asked for, by the last uses that the service has stored."""
+    async with asyncio.timeout(SETTLE_DEADLINE_S):
+        while True:
+            if not (await service.figures()).last_used_pending:
+                break
+            await asyncio.sleep(0.2)
+    return await database.distinct_keys_used(service.seeded.url)

@@ -1,0 +1,225 @@
+"""The two servers that are compared, each a process of its own on the same core: the service, and a no-op."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import struct
+import subprocess
+import sys
+import urllib.request
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from apikeys.v1 import key_service_pb2 as pb
+from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
+from bench.database import TAG_KEY, Seeded
+from bench.machine import BenchError, free_port, pinned
+
+METHOD = "/apikeys.v1.KeyService/Validate"
+NEEDED_PERMISSION = "orders:read"
+CLIENT_IP = "203.0.113.7"
+START_DEADLINE_S = 30.0
+STOP_DEADLINE_S = 10.0
+
+_SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$")
+
+
+def request(token: str) -> pb.ValidateRequest:
+    """What a gateway asks of one token."""
+    return pb.ValidateRequest(token=token, required_permissions=[NEEDED_PERMISSION], client_ip=CLIENT_IP)
+
+
+def body(token: str) -> bytes:
+    """Gives the body of a call: one gRPC message, not compressed."""
+    message = request(token).SerializeToString()
+    return struct.pack(">BI", 0, len(message)) + message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A server that can be loaded. `answer` is what it says of a known token."""
+
+    pid: int
+    port: int
+    answer: pb.ValidateResponse
+
+    @property
+    def url(self) -> str:
+        """The address of Validate."""
+        return f"http://127.0.0.1:{self.port}{METHOD}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service(Target):
+    """The service on one database, and a body for each token that is known."""
+
+    metrics_port: int
+    seeded: Seeded
+    bodies: Sequence[bytes]
+
+    async def figures(self) -> Figures:
+        """Reads the counters."""
+        return Figures.parse(await asyncio.to_thread(_fetch, f"http://127.0.0.1:{self.metrics_port}/metrics"))
+
+    async def check_answers(self) -> None:
+        """Asks for some tokens by an ordinary client. Raises BenchError unless each is answered as it must be."""
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+            for token, key_id in self.seeded.sample.items():
+                answer = await _ask(channel, token)
+                if (answer.outcome, answer.key_id) != (pb.OUTCOME_VALID, key_id):
+                    raise BenchError(f"a good token of {key_id} was answered with {pb.Outcome.Name(answer.outcome)}")
+            # One that the tag shows to be wrong, and one that only the database can tell.
+            for token in (next(iter(self.seeded.sample))[:-1] + "-", "another-system-1234567890"):
+                answer = await _ask(channel, token)
+                if answer.outcome != pb.OUTCOME_NOT_FOUND:
+                    raise BenchError(f"a token that was never made was answered with {pb.Outcome.Name(answer.outcome)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Counters of the service, or what they have grown by."""
+
+    outcomes: Mapping[str, float]
+    statements: float
+    digests: float
+    last_used_pending: float
+
+    @classmethod
+    def parse(cls, text: str) -> Figures:
+        """Reads them from what the metrics port says."""
+        samples = [match.groups() for line in text.splitlines() if (match := _SAMPLE.match(line))]
+        plain = {name: float(value) for name, labels, value in samples if labels is None}
+        return cls(
+            outcomes={
+                labels.partition('"')[2].rstrip('"'): float(value)
+                for name, labels, value in samples
+                if name == "latchgate_outcomes_total"
+            },
+            statements=plain["latchgate_lookup_batch_size_count"],
+            digests=plain["latchgate_lookup_batch_size_sum"],
+            last_used_pending=plain["latchgate_last_used_pending"],
+        )
+
+    def since(self, before: Figures) -> Figures:
+        """Gives the growth; outcomes that did not grow are left out."""
+        growth = {name: count - before.outcomes.get(name, 0) for name, count in self.outcomes.items()}
+        return Figures(
+            outcomes={name: count for name, count in growth.items() if count},
+            statements=self.statements - before.statements,
+            digests=self.digests - before.digests,
+            last_used_pending=self.last_used_pending,
+        )
+
+
+def _fetch(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - a port of our own
+        text: str = answer.read().decode()
+    return text
+
+
+async def _ask(channel: grpc.aio.Channel, token: str) -> pb.ValidateResponse:
+    stub: KeyServiceStub[pb.ValidateResponse] = KeyServiceStub(channel)  # type: ignore[type-arg]
+    answer: pb.ValidateResponse = await stub.Validate(request(token), wait_for_ready=True, timeout=START_DEADLINE_S)
+    return answer
+
+
+@asynccontextmanager
+async def service(seeded: Seeded, core: int, folder: Path) -> AsyncIterator[Service]:
+    """Runs `latchgate serve` with its own defaults, until the block ends."""
+    port, metrics_port = free_port(), free_port()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LATCHGATE_")} | {
+        "LATCHGATE_DATABASE_URL": seeded.url,
+        "LATCHGATE_LISTEN": f"127.0.0.1:{port}",
+        "LATCHGATE_METRICS_LISTEN": f"127.0.0.1:{metrics_port}",
+        "LATCHGATE_TAG_KEY": TAG_KEY,
+        "LATCHGATE_ROOT_TOKEN": "root-token-of-the-benchmark-0123456789abcdef",
+        "LATCHGATE_DRAIN_SECONDS": "1",
+    }
+    log = folder / f"service-{seeded.keys}.log"
+    async with _process(["-m", "latchgate", "serve"], core=core, environment=environment, log=log) as process:
+        answer = await _first_answer(process, port, next(iter(seeded.sample)), log)
+        yield Service(
+            pid=process.pid,
+            port=port,
+            answer=answer,
+            metrics_port=metrics_port,
+            seeded=seeded,
+            bodies=[body(token) for token in seeded.tokens],
+        )
+
+
+@asynccontextmanager
+async def noop(answer: pb.ValidateResponse, core: int, folder: Path) -> AsyncIterator[Target]:
+    """Runs the yardstick with an answer of the service, until the block ends."""
+    port = free_port()
+    script, file, log = Path(__file__).with_name("noop.py"), folder / "answer", folder / "noop.log"
+    file.write_bytes(answer.SerializeToString())
+    async with _process([str(script), str(port), str(file)], core=core, environment=os.environ, log=log) as process:
+        yield Target(pid=process.pid, port=port, answer=await _first_answer(process, port, "", log))
+
+
+@asynccontextmanager
+async def _process(
+    arguments: list[str], *, core: int, environment: Mapping[str, str], log: Path
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Runs Python on one core, in a session of its own, so that a Ctrl-C is ours to pass on."""
+    with log.open("wb") as output, pinned([core]):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *arguments,
+            env=environment,
+            cwd=log.parent,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        await asyncio.shield(_end(process))
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), STOP_DEADLINE_S)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+async def _first_answer(process: asyncio.subprocess.Process, port: int, token: str, log: Path) -> pb.ValidateResponse:
+    """Waits until the server answers Validate, or has ended, or START_DEADLINE_S have passed."""
+    ended = asyncio.create_task(process.wait())
+    asked = asyncio.create_task(_ask_until_answered(port, token))
+    try:
+        await asyncio.wait({ended, asked}, timeout=START_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
+        if asked.done() and not asked.cancelled():
+            return asked.result()
+    finally:
+        ended.cancel()
+        asked.cancel()
+    raise BenchError(f"{log.stem} does not start: {_last_line(log)}")
+
+
+def _last_line(log: Path) -> str:
+    return log.read_text().strip().rpartition("\n")[2] or "it says nothing"
+
+
+async def _ask_until_answered(port: int, token: str) -> pb.ValidateResponse:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        while True:
+            try:
+                return await _ask(channel, token)
+            except grpc.aio.AioRpcError as error:
+                # It listens before its database is prepared.
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+            await asyncio.sleep(0.1)

@@ -1,0 +1,49 @@
+"""One service for all tests that keep to organizations of their own, and one of a test's own for all others.
+
+All tests here run on one event loop: mark each module with `pytest.mark.asyncio(loop_scope="session")`.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import pytest_asyncio
+
+from support.keys import Tenant, make_tenant
+from support.service import RunningService, run_service
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def shared(postgres_url: str, template_url: str) -> AsyncIterator[RunningService]:
+    """A service that is not the test's own: what is not of one organization (root keys, plans) must stay as it is."""
+    name = f"shared_{uuid.uuid4().hex}"
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        await connection.execute(f"CREATE DATABASE {name} TEMPLATE {urlsplit(template_url).path[1:]}")
+        async with run_service(urlunsplit(urlsplit(postgres_url)._replace(path=f"/{name}"))) as running:
+            yield running
+        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        await connection.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def alone(database_url: str) -> AsyncIterator[RunningService]:
+    """A service of the test's own."""
+    async with run_service(database_url) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def acme(shared: RunningService) -> Tenant:
+    """A tenant of the test's own, in the shared service."""
+    return await make_tenant(shared, "acme")
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def rival(shared: RunningService) -> Tenant:
+    """Another tenant of the test's own, in the shared service."""
+    return await make_tenant(shared, "rival")

@@ -1,0 +1,276 @@
+"""Help for tests of storage: a proxy that fails on command, cancellation at a chosen wait, looks behind the scenes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager
+from enum import Enum
+from typing import Any, Generic, TypeVar
+from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
+
+from latchgate.storage.postgres import Connection, Database
+
+Result = TypeVar("Result")
+
+DEADLINE_S = 20.0
+"""How long a test waits for what must come; far longer than it takes."""
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[Connection]:
+    """A connection of the test's own, beside the code under test."""
+    connection: Connection = await asyncpg.connect(url)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def opened(url: str, *, pool_size: int = 5) -> AsyncIterator[Database]:
+    """The storage layer's own pools."""
+    database = await Database.open(url, pool_size=pool_size)
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Waits for something that can only be looked at."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not await condition():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError("what was waited for did not come")
+        await asyncio.sleep(0.005)
+
+
+async def lock_waiters(connection: Connection) -> int:
+    """How many sessions of this database wait for a lock."""
+    count: int = await connection.fetchval(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    return count
+
+
+async def until_waiting(connection: Connection, count: int = 1) -> None:
+    """Waits until `count` sessions of this database wait for a lock."""
+
+    async def are_waiting() -> bool:
+        return await lock_waiters(connection) >= count
+
+    await until(are_waiting)
+
+
+async def assert_all_usable(database: Database, observer: Connection) -> None:
+    """Demands that every place of both pools can be had at once, works, and that no session has left anything open."""
+    for pool in (database.management, database.lookups):
+        async with asyncio.timeout(DEADLINE_S):
+            connections = [await pool.acquire() for _ in range(pool.get_max_size())]
+        answers = [await connection.fetchval("SELECT 1") for connection in connections]
+        for connection in connections:
+            await pool.release(connection)
+        assert [1] * pool.get_max_size() == answers
+
+    async def is_clean() -> bool:
+        left_open: bool = await observer.fetchval(
+            """
+            SELECT EXISTS (
+                SELECT 1 FROM pg_stat_activity
+                WHERE datname = current_database() AND application_name = 'latchgate' AND state <> 'idle'
+            ) OR EXISTS (
+                SELECT 1 FROM pg_locks JOIN pg_database d ON d.oid = database
+                WHERE d.datname = current_database() AND locktype = 'advisory'
+            )
+            """
+        )
+        return not left_open
+
+    await until(is_clean)
+
+
+class CancelledAt(Generic[Result]):
+    """Runs a coroutine, and cancels the task when it waits for the `first`th time and each of the `more` - 1 after."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Result], first: int, more: int = 1) -> None:
+        """Takes what to run and at which waits to cancel, counted from 1."""
+        self._coroutine = coroutine
+        self._cancelled = range(first, first + more)
+        self.waits = 0
+
+    def __await__(self) -> Generator[Any, Any, Result]:
+        """Drives the coroutine."""
+        step: Callable[[Any], Any] = self._coroutine.send
+        argument: Any = None
+        while True:
+            try:
+                future = step(argument)
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            self.waits += 1
+            task = asyncio.current_task()
+            if self.waits in self._cancelled and task is not None:
+                task.cancel()
+            try:
+                argument = yield future
+                step = self._coroutine.send
+            except BaseException as error:  # noqa: BLE001 - all that comes in is handed on
+                step, argument = self._coroutine.throw, error
+
+
+class Fault(Enum):
+    """What becomes of a message on its way to the server."""
+
+    LOSE_REQUEST = "the connection is cut before the server gets it"
+    LOSE_ANSWER = "the server acts on it, and the connection is cut before the answer arrives"
+
+
+class FaultProxy:
+    """Stands between the service and PostgreSQL on a loopback port, and fails when it is told to."""
+
+    def __init__(self, url: str) -> None:
+        """Takes the address of the real server."""
+        self._parts = urlsplit(url)
+        self._query = parse_qs(self._parts.query)
+        self._server: asyncio.Server | None = None
+        self._pipes: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._is_refusing = False
+        self._fault: Fault | None = None
+        self._countdown = 0
+        self.struck = asyncio.Event()
+
+    @property
+    def url(self) -> str:
+        """The address of the same database by way of the proxy."""
+        if self._server is None:
+            raise RuntimeError("the proxy is not running")
+        port = self._server.sockets[0].getsockname()[1]
+        user = self._parts.netloc.rpartition("@")[0] or "postgres"
+        return f"postgresql://{user}@127.0.0.1:{port}{self._parts.path}?sslmode=disable"
+
+    async def start(self) -> None:
+        """Begins to listen."""
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+
+    async def stop(self) -> None:
+        """Stops listening and cuts all connections."""
+        if self._server is not None:
+            self._server.close()
+        self._flowing.set()
+        self.cut()
+        for pipe in tuple(self._pipes):
+            pipe.cancel()
+        await asyncio.gather(*self._pipes, return_exceptions=True)
+
+    def cut(self) -> None:
+        """Cuts all connections."""
+        for writer in tuple(self._writers):
+            writer.transport.abort()
+
+    def refuse(self) -> None:
+        """Cuts all connections, and every new one."""
+        self._is_refusing = True
+        self.cut()
+
+    def accept(self) -> None:
+        """Lets new connections through again."""
+        self._is_refusing = False
+
+    def freeze(self) -> None:
+        """Lets nothing pass any more, in either direction; connections stay open, as with a network that is gone."""
+        self._flowing.clear()
+
+    def thaw(self) -> None:
+        """Lets pass what has gathered and what comes."""
+        self._flowing.set()
+
+    def strike(self, number: int, fault: Fault) -> None:
+        """Has the `number`th message from now on meet a fault."""
+        self._countdown, self._fault = number, fault
+        self.struck.clear()
+
+    def spare(self) -> None:
+        """Takes `strike` back."""
+        self._countdown, self._fault = 0, None
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._is_refusing:
+            writer.transport.abort()
+            return
+        task = asyncio.current_task()
+        if task is not None:
+            self._pipes.add(task)
+            task.add_done_callback(self._pipes.discard)
+        server_reader, server_writer = await self._connect()
+        self._writers |= {writer, server_writer}
+        lost_answer = asyncio.Event()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._to_server(reader, server_writer, lost_answer))
+                group.create_task(self._to_client(server_reader, writer, lost_answer))
+        except* (OSError, EOFError):
+            pass
+        finally:
+            self._writers -= {writer, server_writer}
+            writer.transport.abort()
+            server_writer.transport.abort()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        port = self._parts.port or int(self._query.get("port", ["5432"])[0])
+        host = self._parts.hostname or self._query.get("host", ["127.0.0.1"])[0]
+        if host.startswith("/"):
+            return await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
+        return await asyncio.open_connection(host, port)
+
+    async def _to_server(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lost_answer: asyncio.Event
+    ) -> None:
+        while data := await reader.read(1 << 20):
+            await self._flowing.wait()
+            fault = self._fault_now()
+            if fault is Fault.LOSE_REQUEST:
+                self.struck.set()
+                break
+            if fault is Fault.LOSE_ANSWER:
+                lost_answer.set()
+            writer.write(data)
+        raise EOFError
+
+    async def _to_client(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lost_answer: asyncio.Event
+    ) -> None:
+        while data := await reader.read(1 << 20):
+            await self._flowing.wait()
+            if lost_answer.is_set():
+                self.struck.set()
+                break
+            writer.write(data)
+        raise EOFError
+
+    def _fault_now(self) -> Fault | None:
+        if self._fault is None:
+            return None
+        self._countdown -= 1
+        if self._countdown:
+            return None
+        fault, self._fault = self._fault, None
+        return fault
+
+
+@asynccontextmanager
+async def fault_proxy(url: str) -> AsyncIterator[FaultProxy]:
+    """A proxy in front of a database, until the block ends."""
+    proxy = FaultProxy(url)
+    await proxy.start()
+    try:
+        yield proxy
+    finally:
+        await proxy.stop()

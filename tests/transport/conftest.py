@@ -1,0 +1,18 @@
+"""One service for all tests of a module that leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+
+from support.service import RunningService, run_service
+from support.transport import fresh_database
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def shared_service(postgres_url: str, template_url: str) -> AsyncIterator[RunningService]:
+    """A service on a database of the module's own, with an organization `acme`."""
+    async with fresh_database(postgres_url, template_url) as url, run_service(url) as running:
+        await running.create_organization("acme")
+        yield running

@@ -1,0 +1,103 @@
+"""Server reflection: stock grpcurl gets by without proto files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from support.service import RunningService
+from support.transport import METHODS, SERVICES, grpcurl
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def test_list_names_every_service(shared_service: RunningService) -> None:
+    """`grpcurl list` shows all that is served, and nothing else."""
+    listed = await grpcurl(shared_service.address, "list")
+
+    assert [
+        "apikeys.v1.KeyService",
+        "apikeys.v1.OrganizationService",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+    ] == listed.out.split()
+
+
+@pytest.mark.parametrize("service", [service.full_name for service in SERVICES])
+async def test_list_names_every_method(shared_service: RunningService, service: str) -> None:
+    """`grpcurl list SERVICE` shows the methods of the contract."""
+    listed = await grpcurl(shared_service.address, "list", service)
+
+    expected = sorted(each.full_name for each in METHODS.values() if each.containing_service.full_name == service)
+    assert expected == listed.out.split()
+
+
+@pytest.mark.parametrize("method", [method.full_name for method in METHODS.values()])
+async def test_describe_knows_every_method(shared_service: RunningService, method: str) -> None:
+    """`grpcurl describe SERVICE.METHOD` works, although the pool of descriptors does not know methods by name."""
+    described = await grpcurl(shared_service.address, "describe", method)
+
+    assert ("", 0) == (described.err, described.status)
+    assert described.out.startswith(f"{method} is a method:\nrpc {method.rpartition('.')[2]} (")
+
+
+@pytest.mark.parametrize(
+    ("symbol", "kind"),
+    [
+        ("apikeys.v1.KeyService", "a service"),
+        ("apikeys.v1.ValidateRequest", "a message"),
+        ("apikeys.v1.ValidateRequest.token", "a field"),
+        ("apikeys.v1.Key.MetadataEntry", "the entry type for a map field"),
+        ("apikeys.v1.Outcome", "an enum"),
+        ("apikeys.v1.ErrorReason", "an enum"),
+        ("google.protobuf.Timestamp", "a message"),
+        ("google.protobuf.FieldMask", "a message"),
+        ("buf.validate.field", "an extension"),
+        ("google.api.http", "an extension"),
+        ("grpc.health.v1.Health", "a service"),
+        ("grpc.health.v1.Health.Check", "a method"),
+    ],
+)
+async def test_describe_knows_all_that_is_asked_for(shared_service: RunningService, symbol: str, kind: str) -> None:
+    """Services, messages, the types of their fields, and the options on them can be described."""
+    described = await grpcurl(shared_service.address, "describe", symbol)
+
+    assert described.out.startswith(f"{symbol} is {kind}:"), described
+
+
+@pytest.mark.parametrize(
+    "symbol", ["apikeys.v1.KeyService.Nothing", "apikeys.v1.Nothing", "nothing.at.All", "nothing", "apikeys.v1"]
+)
+async def test_describe_does_not_make_things_up(shared_service: RunningService, symbol: str) -> None:
+    """A symbol that is not there is not found, also when what encloses it is there."""
+    described = await grpcurl(shared_service.address, "describe", symbol)
+
+    assert described.status != 0
+    assert f"Symbol not found: {symbol}" in described.err
+
+
+async def test_call_without_proto_files(shared_service: RunningService) -> None:
+    """`grpcurl -d JSON` calls a method of which it knows nothing but what reflection tells."""
+    called = await grpcurl(
+        "-d", json.dumps({"token": "no token"}), shared_service.address, "apikeys.v1.KeyService/Validate"
+    )
+
+    assert "OUTCOME_NOT_FOUND" == json.loads(called.out)["outcome"]
+
+
+async def test_refusal_is_shown_with_its_details(shared_service: RunningService) -> None:
+    """grpcurl prints ErrorInfo and BadRequest, whose types reflection must know as well."""
+    called = await grpcurl(
+        "-H",
+        f"authorization: {shared_service.root[0][1]}",
+        "-d",
+        json.dumps({"key_id": "no key"}),
+        shared_service.address,
+        "apikeys.v1.KeyService/GetKey",
+    )
+
+    assert called.status != 0
+    assert "Code: InvalidArgument" in called.err
+    assert '"reason":"INVALID_FIELD"' in called.err.replace(" ", "")
+    assert '"field":"key_id"' in called.err.replace(" ", "")
