@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 import asyncpg
 import structlog
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from ulid import ULID
 
 from latchgate.background import Background
@@ -26,6 +26,7 @@ from latchgate.domain.organizations import OrganizationManager
 from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.token import TokenFormat
 from latchgate.domain.validation import ForeignLookupBudget, Validator
+from latchgate.draining import Drain, HoldingValidator
 from latchgate.observability import Metrics
 from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
@@ -42,7 +43,7 @@ from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.requests import RequestSealer, forget_requests
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.usage import UsageBuffer
-from latchgate.watch import DatabaseWatch, Figures
+from latchgate.watch import DatabaseWatch, Figures, serve_metrics
 
 PROBE_INTERVAL_S: Final = 1.0
 PROBE_TIMEOUT_S: Final = 1.0
@@ -98,7 +99,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         # Before the ports: of two that are started on the same data, the second is to hear of the data.
         dsn = await database_address(stack, settings)
         metrics = Metrics(CollectorRegistry())
-        metrics_listen = _serve_metrics(stack, settings.metrics_listen, metrics)
+        metrics_listen = serve_metrics(stack, settings.metrics_listen, metrics)
         pipeline = Pipeline(metrics, is_validate_open=settings.validate_access is ValidateAccess.OPEN)
         database = await Database.open(dsn, pool_size=settings.pool_size)
         stack.push_async_callback(database.close)
@@ -106,17 +107,26 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         background = Background()
         server = _make_server(settings, pipeline, credentials)
         await server.set_serving(is_serving=False)
+        drain = Drain(server, pipeline, settings.drain_seconds)
         parts = _Parts(
-            settings=settings, scopes=scopes, metrics=metrics, database=database, usage=usage, background=background
+            settings=settings,
+            scopes=scopes,
+            metrics=metrics,
+            database=database,
+            usage=usage,
+            background=background,
+            pipeline=pipeline,
+            server=server,
+            drain=drain,
         )
         # From the last to the first: calls end, then the work beside them, then what they left is written.
         stack.push_async_callback(_flush_last, usage)
         beside = await stack.enter_async_context(AsyncExitStack())
         stack.push_async_callback(background.close)
         await server.server.start()
-        ready = asyncio.create_task(_get_ready(beside, parts, dsn, pipeline, server))
+        ready = asyncio.create_task(_get_ready(beside, parts, dsn))
         stack.push_async_callback(_cancelled, ready)
-        stack.push_async_callback(server.stop, settings.drain_seconds)
+        stack.push_async_callback(drain.stop)
         stack.callback(background.stop)
         # Shielded: it waits for a future that stopping the server needs as well.
         background.keep("gRPC server", asyncio.shield(server.server.wait_for_termination()))
@@ -138,6 +148,9 @@ class _Parts:
     database: Database
     usage: UsageBuffer
     background: Background
+    pipeline: Pipeline
+    server: RpcServer
+    drain: Drain
 
 
 def _credentials(settings: Settings) -> ReloadingCredentials | None:
@@ -159,18 +172,6 @@ def _make_server(settings: Settings, pipeline: Pipeline, credentials: ReloadingC
         )
     except ListenError as error:
         raise ListenError(f"LATCHGATE_LISTEN: {error}") from None
-
-
-def _serve_metrics(stack: AsyncExitStack, listen: str, metrics: Metrics) -> str:
-    host, _, port = listen.rpartition(":")
-    try:
-        server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=metrics.registry)
-    except OSError as error:
-        raise ListenError(f"LATCHGATE_METRICS_LISTEN: {listen} can not be listened on: {error.strerror}") from None
-    stack.callback(thread.join)
-    stack.callback(server.server_close)
-    stack.callback(server.shutdown)
-    return f"{host}:{server.server_port}"
 
 
 async def database_address(stack: AsyncExitStack, settings: Settings) -> str:
@@ -207,9 +208,10 @@ async def _stop_embedded(starting: asyncio.Task[EmbeddedPostgres]) -> None:
     await asyncio.to_thread(embedded.stop)
 
 
-async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, pipeline: Pipeline, server: RpcServer) -> Ready:
+async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:
     """Prepares the database, waiting for it if it is away, and lets calls through."""
     settings, database, background = parts.settings, parts.database, parts.background
+    server, pipeline, drain = parts.server, parts.pipeline, parts.drain
     before, schema = await _patiently(lambda: migrate(dsn))
     from_settings = settings.tag_key.get_secret_value().encode() if settings.tag_key else None
     tag_key = await _patiently(lambda: load_tag_key(database, from_settings))
@@ -221,10 +223,14 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, pipeline: P
     )
     stack.push_async_callback(reader.close)
     foreign = ForeignLookupBudget(time.monotonic)
+    limiter = WindowLimiter(time.monotonic)
     parts.metrics.watch(Figures(database, parts.usage, foreign, background))
     probe = DatabaseProbe(dsn, PROBE_TIMEOUT_S)
     stack.push_async_callback(probe.close)
-    pipeline.connect(_backend(parts, tokens, tag_key, reader, foreign))
+    at_work = Validator(tokens=tokens, keys=reader, limiter=limiter, usage=parts.usage, foreign=foreign)
+    holding = HoldingValidator(tokens=tokens, keys=reader, limiter=limiter, usage=parts.usage, foreign=foreign)
+    drain.prepare(_backend(parts, tokens, tag_key, holding), holding)
+    pipeline.connect(_backend(parts, tokens, tag_key, at_work))
     watch = DatabaseWatch(probe, server, parts.metrics, background)
     await watch.show(is_up=True)
     background.repeat("database watch", PROBE_INTERVAL_S, watch.look)
@@ -233,14 +239,9 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, pipeline: P
     return Ready(root=root, schema_before=before, schema=schema)
 
 
-def _backend(
-    parts: _Parts, tokens: TokenFormat, tag_key: bytes, reader: BatchingKeyReader, foreign: ForeignLookupBudget
-) -> Backend:
+def _backend(parts: _Parts, tokens: TokenFormat, tag_key: bytes, validator: Validator) -> Backend:
     """Puts the use cases together."""
     store, effects, pages = PostgresStore(parts.database), ImmediateEffects(), PageTokens(tag_key)
-    validator = Validator(
-        tokens=tokens, keys=reader, limiter=WindowLimiter(time.monotonic), usage=parts.usage, foreign=foreign
-    )
     keys = KeyManager(
         store=store,
         tokens=tokens,

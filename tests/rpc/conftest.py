@@ -5,29 +5,19 @@ All tests here run on one event loop: mark each module with `pytest.mark.asyncio
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncIterator
-from urllib.parse import urlsplit, urlunsplit
 
-import asyncpg
 import pytest_asyncio
 
-from support.keys import Tenant, make_tenant
+from support.keys import Tenant, cloned_database, make_tenant
 from support.service import RunningService, run_service
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def shared(postgres_url: str, template_url: str) -> AsyncIterator[RunningService]:
     """A service that is not the test's own: what is not of one organization (root keys, plans) must stay as it is."""
-    name = f"shared_{uuid.uuid4().hex}"
-    connection = await asyncpg.connect(postgres_url)
-    try:
-        await connection.execute(f"CREATE DATABASE {name} TEMPLATE {urlsplit(template_url).path[1:]}")
-        async with run_service(urlunsplit(urlsplit(postgres_url)._replace(path=f"/{name}"))) as running:
-            yield running
-        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    finally:
-        await connection.close()
+    async with cloned_database(postgres_url, template_url) as url, run_service(url) as running:
+        yield running
 
 
 @pytest_asyncio.fixture(loop_scope="session")

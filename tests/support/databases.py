@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
@@ -12,12 +13,61 @@ from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 
+from latchgate.domain.effects import ImmediateEffects
+from latchgate.domain.keys import KeyManager
+from latchgate.domain.model import ROOT_ORGANIZATION_ID, Caller, Key, KeyDraft, NewKey
+from latchgate.domain.permissions import Grants
+from latchgate.domain.token import TokenFormat
 from latchgate.storage.postgres import Connection, Database
+from latchgate.storage.requests import RequestSealer
+from latchgate.storage.stores import PostgresStore
 
 Result = TypeVar("Result")
 
 DEADLINE_S = 20.0
 """How long a test waits for what must come; far longer than it takes."""
+
+
+TAG_KEY = b"tag-key-of-the-contract-tests-01"
+TOKENS = TokenFormat(TAG_KEY)
+ROOT_CALLER = Caller(
+    key_id="key_00000000000000000000000000", organization_id=ROOT_ORGANIZATION_ID, grants=Grants(("*",))
+)
+
+_numbers = itertools.count(1)
+
+
+def next_id(prefix: str) -> str:
+    """Makes ids that sort by the order in which they were made."""
+    return f"{prefix}{next(_numbers):026d}"
+
+
+def key_manager(store: PostgresStore) -> KeyManager:
+    """The use cases, over a store."""
+    return KeyManager(
+        store=store, tokens=TOKENS, sealer=RequestSealer(TAG_KEY), effects=ImmediateEffects(), make_id=next_id
+    )
+
+
+def draft(name: str = "a key", **fields: Any) -> KeyDraft:
+    """A key to ask for."""
+    return KeyDraft(name=name, metadata=fields.pop("metadata", {}), **fields)
+
+
+async def insert_key(store: PostgresStore, organization_id: str = "acme", **fields: Any) -> tuple[Key, str]:
+    """Stores a key without any rule being asked, and gives its token too."""
+    wanted = draft(**fields)
+    minted = TOKENS.mint(wanted.key_type, wanted.environment)
+    new_key = NewKey(id=next_id("key_"), organization_id=organization_id, created_by="", draft=wanted)
+    async with store.transaction() as transaction:
+        return await transaction.insert_key(new_key, minted.secret), minted.token
+
+
+async def insert_organization(store: PostgresStore, organization_id: str = "acme", max_keys: int = 1000) -> str:
+    """Stores an organization with a plan of its own, and gives its id."""
+    await store.insert_plan(organization_id, 0, max_keys)
+    await store.insert_organization(organization_id, organization_id.title(), organization_id, ())
+    return organization_id
 
 
 @asynccontextmanager
@@ -64,6 +114,15 @@ async def until_waiting(connection: Connection, count: int = 1) -> None:
         return await lock_waiters(connection) >= count
 
     await until(are_waiting)
+
+
+async def started_and_waiting(
+    connection: Connection, work: Coroutine[Any, Any, Result], count: int = 1
+) -> asyncio.Task[Result]:
+    """Starts some work, and comes back once `count` sessions of this database wait for a lock."""
+    task = asyncio.create_task(work)
+    await until_waiting(connection, count)
+    return task
 
 
 async def assert_all_usable(database: Database, observer: Connection) -> None:
@@ -121,6 +180,24 @@ class CancelledAt(Generic[Result]):
                 step = self._coroutine.send
             except BaseException as error:  # noqa: BLE001 - all that comes in is handed on
                 step, argument = self._coroutine.throw, error
+
+
+async def run_cancelled(coroutine: Coroutine[Any, Any, Result], first: int, more: int = 1) -> int | None:
+    """Runs a coroutine as a task of its own, cancelled as CancelledAt does it.
+
+    Gives the number of its waits if it came through untouched, because it waits less often than `first` times.
+    """
+    driver = CancelledAt(coroutine, first, more)
+
+    async def drive() -> Result:
+        return await driver
+
+    task = asyncio.create_task(drive())
+    await asyncio.wait({task})
+    if task.cancelled():
+        return None
+    task.result()
+    return driver.waits if driver.waits < first else None
 
 
 class Fault(Enum):

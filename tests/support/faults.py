@@ -64,6 +64,7 @@ class FaultyWire:
         self._flowing.set()
         self._links: set[_Link] = set()
         self._armed: tuple[CommitFault, asyncio.Event] | None = None
+        self._let_pass = 0
         self.accepted = 0
 
     def url(self, server_url: str) -> str:
@@ -97,10 +98,11 @@ class FaultyWire:
         """Passes on what was held back, and all that comes."""
         self._flowing.set()
 
-    def at_next_commit(self, fault: CommitFault) -> asyncio.Event:
-        """Arms a fault; the event is set once it has come about."""
+    def at_next_commit(self, fault: CommitFault, *, let_pass: int = 0) -> asyncio.Event:
+        """Arms a fault, for a commit after those that it lets pass; the event is set once it has come about."""
         done = asyncio.Event()
         self._armed = fault, done
+        self._let_pass = let_pass
         return done
 
     async def close(self) -> None:
@@ -140,10 +142,13 @@ class FaultyWire:
                 self._done()
                 return
             if self._armed and link.fault is None and _COMMIT in chunk:
-                link.fault = self._armed[0]
-                if link.fault is CommitFault.CUT_BEFORE:
-                    self._done()
-                    return
+                if self._let_pass:
+                    self._let_pass -= 1
+                else:
+                    link.fault = self._armed[0]
+            if link.fault is CommitFault.CUT_BEFORE:
+                self._done()
+                return
             await self._pass(chunk, writer)
 
     async def _backward(self, link: _Link, reader: asyncio.StreamReader) -> None:

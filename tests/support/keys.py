@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import grpc
@@ -170,6 +171,19 @@ async def update_plan(
         request, metadata=caller or service.root
     )
     return answer
+
+
+@asynccontextmanager
+async def cloned_database(postgres_url: str, template_url: str) -> AsyncIterator[str]:
+    """Makes a migrated database for more than one test, and gives its address."""
+    name = f"shared_{uuid.uuid4().hex}"
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        await connection.execute(f"CREATE DATABASE {name} TEMPLATE {urlsplit(template_url).path[1:]}")
+        yield urlunsplit(urlsplit(postgres_url)._replace(path=f"/{name}"))
+        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        await connection.close()
 
 
 @asynccontextmanager

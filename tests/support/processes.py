@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -11,6 +12,8 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
+
+from support.databases import until
 
 LINE_TIMEOUT_S: Final = 30.0
 END_TIMEOUT_S: Final = 30.0
@@ -59,9 +62,14 @@ class Latchgate:
                 await self._news.wait()
             return match
 
-    async def port(self) -> int:
-        """Waits until the service says that it serves, and gives its port. Needs logs of level info."""
-        return int((await self.line(r'"listen": "[^"]*:(\d+)".*"event": "serving"'))[1])
+    async def event(self, name: str) -> dict[str, Any]:
+        """Waits for a log line of this event, and gives it. Needs LOG_FORMAT json."""
+        found: dict[str, Any] = json.loads((await self.line(rf'^{{.*"event": "{name}".*}}$'))[0])
+        return found
+
+    async def address(self) -> str:
+        """Waits until the service says that it serves, and gives its address. Needs logs of level info."""
+        return str((await self.event("serving"))["listen"])
 
     def tell(self, number: signal.Signals) -> None:
         """Sends a signal to the process alone."""
@@ -104,6 +112,28 @@ def environment(**variables: Any) -> dict[str, str]:
 
 SERVE: Final[Mapping[str, str]] = {"LISTEN": "127.0.0.1:0", "METRICS_LISTEN": "127.0.0.1:0", "LOG_FORMAT": "json"}
 """Settings for a service of a test's own: free ports, and lines that a test can read."""
+
+
+def postmaster(data_dir: Path) -> int:
+    """Gives the process number of the PostgreSQL that runs on a data directory."""
+    return int((data_dir / "postgres" / "postmaster.pid").read_text().split(maxsplit=1)[0])
+
+
+def is_running(pid: int) -> bool:
+    """Says whether a process runs; one that has ended and that nobody has asked about does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+async def until_gone(pid: int) -> None:
+    """Waits until a process that is not this one's child has ended."""
+
+    async def is_gone() -> bool:
+        return not is_running(pid)
+
+    await until(is_gone)
 
 
 @asynccontextmanager

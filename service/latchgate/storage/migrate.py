@@ -11,41 +11,102 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import text
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection as SyncConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.storage import queries
-from latchgate.storage.postgres import CONNECT_TIMEOUT_S, translated
+from latchgate.storage.postgres import CONNECT_TIMEOUT_S, SESSION_KIND, Connection, translated
 
 OLDEST_SERVER = 14
+LOCK_WAIT_S = 30.0
+
+# A migration may take long, but its process may not be gone for long without its lock being free again. It waits for
+# locks on tables only briefly: whoever comes after it, such as every validation, waits behind it.
+_SERVER_SETTINGS = {
+    "application_name": "latchgate",
+    "statement_timeout": "0",
+    "idle_in_transaction_session_timeout": "30s",
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+}
+_TABLE_LOCK_WAIT_S = 2.0
 
 
 class SchemaError(Exception):
     """The database can not be used by this release."""
 
 
-async def migrate(dsn: str) -> tuple[str | None, str]:
+async def migrate(dsn: str, *, lock_wait_s: float = LOCK_WAIT_S) -> tuple[str | None, str]:
     """Applies what is missing and gives the schema's version before and after.
 
-    Raises SchemaError if the server is too old or the schema is of a newer release, and StorageUnavailableError.
+    Raises SchemaError if the address can not be read, the server is too old, the schema is of a newer release or the
+    user may not change it; and StorageUnavailableError, also if another process is still at it after `lock_wait_s`.
     """
     engine = create_async_engine(
-        "postgresql+asyncpg://",
-        async_creator=lambda: asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT_S),
-        poolclass=NullPool,
+        "postgresql+asyncpg://", async_creator=lambda: _connect(dsn, lock_wait_s), poolclass=NullPool
     )
     try:
         with translated(), _unwrapped():
             async with engine.connect() as connection:
                 return await connection.run_sync(_upgrade)
-    except asyncpg.ClientConfigurationError:
-        raise SchemaError("LATCHGATE_DATABASE_URL: can not be read; write postgresql://user@host:5432/name") from None
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise SchemaError(
+            f"the database's user may not make the schema ({error.message}); GRANT CREATE ON SCHEMA to it, or run "
+            "`latchgate migrate` as a user who may"
+        ) from None
+    except (asyncpg.DuplicateTableError, asyncpg.DuplicateObjectError) as error:
+        raise SchemaError(
+            f"the database holds another program's tables ({error.message}); give latchgate a database of its own"
+        ) from None
     finally:
         await engine.dispose()
+
+
+async def _connect(dsn: str, lock_wait_s: float) -> Connection:
+    """Connects, and takes the lock: the session's, so that it outlives each migration's transaction.
+
+    Closing the connection gives it back.
+    """
+    try:
+        connection = await asyncpg.connect(
+            dsn, timeout=CONNECT_TIMEOUT_S, target_session_attrs=SESSION_KIND, server_settings=_SERVER_SETTINGS
+        )
+    except asyncpg.ClientConfigurationError as error:
+        raise SchemaError(f"LATCHGATE_DATABASE_URL: {str(error).splitlines()[0]}") from None
+    except (ValueError, OverflowError):
+        # What they say may be a piece of the password.
+        raise SchemaError(
+            "LATCHGATE_DATABASE_URL: can not be read; write postgresql://user:password@host:5432/name, with %23 for #, "
+            "%2F for / and so on in the password"
+        ) from None
+    try:
+        check_server(connection.get_server_version().major)
+        await _set_lock_timeout(connection, lock_wait_s)
+        await connection.execute(queries.MIGRATION_LOCK_TAKE, queries.MIGRATION_LOCK)
+        await _set_lock_timeout(connection, _TABLE_LOCK_WAIT_S)
+    except asyncpg.LockNotAvailableError:
+        connection.terminate()
+        raise StorageUnavailableError(
+            f"another process has been bringing the database's schema up to date for more than {lock_wait_s:g} s"
+        ) from None
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
+
+
+async def _set_lock_timeout(connection: Connection, timeout_s: float) -> None:
+    await connection.execute("SELECT set_config('lock_timeout', $1, false)", f"{timeout_s * 1000:.0f}ms")
+
+
+def check_server(major: int) -> None:
+    """Demands a server that is new enough. Raises SchemaError."""
+    if major < OLDEST_SERVER:
+        raise SchemaError(f"PostgreSQL {major} is too old; latchgate needs {OLDEST_SERVER} or newer")
 
 
 @contextmanager
@@ -60,14 +121,7 @@ def _unwrapped() -> Iterator[None]:
         raise cause from None
 
 
-def _upgrade(connection: Connection) -> tuple[str | None, str]:
-    version = connection.dialect.server_version_info
-    major = int(version[0]) if version else 0
-    if major < OLDEST_SERVER:
-        raise SchemaError(f"PostgreSQL {major} is too old; latchgate needs {OLDEST_SERVER} or newer")
-    # The lock is the session's, so that it outlives each migration's transaction; closing the connection gives it back.
-    connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": queries.MIGRATION_LOCK})
-    connection.commit()
+def _upgrade(connection: SyncConnection) -> tuple[str | None, str]:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection

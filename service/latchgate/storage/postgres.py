@@ -44,6 +44,17 @@ _SERVER_SETTINGS = {
     "jit": "off",
 }
 
+# One plan for every number of digests, made once and kept for as long as the connection lives, be it weeks. It goes by
+# the indexes alone, so that it is the right one even if it was made when there was nothing to be found yet.
+_LOOKUP_SETTINGS = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "statement_timeout": "800ms",
+}
+
 _AWAY = (
     OSError,
     TimeoutError,
@@ -119,8 +130,7 @@ class Database:
             max_inactive_connection_lifetime=0,
             init=_prepare_connection,
             reset=_keep_as_it_is,
-            # One plan for every batch size, made once: it always goes by the index on the digest.
-            server_settings=_SERVER_SETTINGS | {"plan_cache_mode": "force_generic_plan", "statement_timeout": "800ms"},
+            server_settings=_SERVER_SETTINGS | _LOOKUP_SETTINGS,
         )
         with translated():
             await management

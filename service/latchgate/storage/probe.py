@@ -6,7 +6,7 @@ import asyncpg
 
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.storage import queries
-from latchgate.storage.postgres import Connection, translated
+from latchgate.storage.postgres import SESSION_KIND, Connection, translated
 
 
 class DatabaseProbe:
@@ -23,9 +23,11 @@ class DatabaseProbe:
         try:
             with translated():
                 if self._connection is None or self._connection.is_closed():
-                    self._connection = await asyncpg.connect(self._dsn, timeout=self._timeout_s)
+                    self._connection = await asyncpg.connect(
+                        self._dsn, timeout=self._timeout_s, target_session_attrs=SESSION_KIND
+                    )
                 return not await self._connection.fetchval(queries.DATABASE_PROBE, timeout=self._timeout_s)
-        except StorageUnavailableError:
+        except (StorageUnavailableError, asyncpg.PostgresError):
             await self.close()
             return False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# One number for the whole database cluster's users of this schema; "latc" in ASCII.
+# Advisory locks, which are a database's own; "latc" in ASCII, and the next number.
 CHANGE_LOCK = 0x6C617463
 MIGRATION_LOCK = 0x6C617464
 
@@ -44,30 +44,52 @@ WHERE o.id = (SELECT k.organization_id FROM key k WHERE k.id = $1)
 FOR NO KEY UPDATE
 """
 
-# Up to $8 keys, newest first, beyond the id $2 ('' for the first page). Keyset paging: what is inserted or changed
-# between two pages neither hides nor repeats another key. The state is the first that holds, by the database's clock.
+# The state is the first that holds, by the database's clock, as latchgate.domain.model.Key has it.
+_KEY_MATCHES = """
+  AND ($3::text IS NULL OR k.key_type = $3)
+  AND ($4::text IS NULL OR k.environment = $4)
+  AND ($5::text IS NULL OR CASE $5
+          WHEN 'active' THEN k.revoke_time IS NULL AND k.active AND (k.expire_time IS NULL OR k.expire_time > now())
+          WHEN 'inactive' THEN
+              k.revoke_time IS NULL AND NOT k.active AND (k.expire_time IS NULL OR k.expire_time > now())
+          WHEN 'expired' THEN k.revoke_time IS NULL AND k.expire_time <= now()
+          WHEN 'revoked' THEN k.revoke_time IS NOT NULL AND k.delete_time IS NULL
+          WHEN 'deleted' THEN k.delete_time IS NOT NULL
+      END)
+  AND ($6 OR k.delete_time IS NULL)
+"""
+
+# Up to $7 keys, newest first, beyond the id $2 ('' for the first page). Keyset paging: what is inserted or changed
+# between two pages neither hides nor repeats another key. However many keys the organization has, and however large a
+# part of all keys they are, a page is a walk along an index of the organization's own: the pair is compared, and not
+# each column, so that no walk along the ids of all organizations gives the order that is asked for.
+# To be prepared anew for each call: its plan is for the values at hand.
 KEY_LIST = (
     _KEY
     + """
-WHERE k.organization_id = $1
-  AND ($2 = '' OR k.id < $2)
-  AND ($3::text IS NULL OR k.key_type = $3)
-  AND ($4::text IS NULL OR k.environment = $4)
-  AND ($5::text IS NULL OR $5 = CASE
-          WHEN k.delete_time IS NOT NULL THEN 'deleted'
-          WHEN k.revoke_time IS NOT NULL THEN 'revoked'
-          WHEN k.expire_time <= now() THEN 'expired'
-          WHEN k.active THEN 'active'
-          ELSE 'inactive'
-      END)
-  AND ($6 = '' OR k.user_id = $6)
-  AND ($7 OR k.delete_time IS NULL)
-ORDER BY k.id DESC
-LIMIT $8
+WHERE k.organization_id >= $1 AND (k.organization_id, k.id) < ($1, coalesce(nullif($2, ''), '~'))
+"""
+    + _KEY_MATCHES
+    + """
+ORDER BY k.organization_id DESC, k.id DESC
+LIMIT $7
 """
 )
 
-# The newest publishable key of an environment that is active now.
+# The same for the keys of the user $8 alone, along the index that is the users'. To be prepared anew for each call.
+KEY_LIST_OF_USER = (
+    _KEY
+    + """
+WHERE k.organization_id = $1 AND k.user_id = $8 AND k.user_id <> '' AND k.id < coalesce(nullif($2, ''), '~')
+"""
+    + _KEY_MATCHES
+    + """
+ORDER BY k.id DESC
+LIMIT $7
+"""
+)
+
+# The newest publishable key of an environment that is active now. Reads no key that is not publishable.
 KEY_GET_PUBLISHABLE = """
 SELECT k.id, s.readable_token
 FROM key k
@@ -174,8 +196,9 @@ FROM organization o JOIN plan p ON p.id = o.plan_id
 
 ORGANIZATION_GET = _ORGANIZATION + "WHERE o.id = $1"
 
-# The organization, kept from change until the end of the transaction; keys that refer to it can still be inserted.
-ORGANIZATION_LOCK = _ORGANIZATION + "WHERE o.id = $1 FOR NO KEY UPDATE OF o"
+# The organization, kept from change until the end of the transaction; keys that refer to it can still be inserted. To
+# be read by a statement after this one: this one's snapshot may be older than what the lock's last holder left.
+ORGANIZATION_LOCK = "SELECT 1 FROM organization WHERE id = $1 FOR NO KEY UPDATE"
 
 ORGANIZATION_LIST = _ORGANIZATION + "WHERE o.id > $1 ORDER BY o.id LIMIT $2"
 
@@ -228,12 +251,32 @@ FROM request WHERE slot = $1
 
 REQUEST_ANSWER = "UPDATE request SET key_id = $2, revision = $3, sealed_token = $4 WHERE slot = $1"
 
-# Forgets tokens that are older than $1.
+# Forgets up to $2 tokens that are older than $1, the oldest first. Those that another worker is at are left to it.
 REQUEST_CLEAR = """
-UPDATE request SET sealed_token = NULL WHERE sealed_token IS NOT NULL AND create_time <= now() - $1::interval
+UPDATE request SET sealed_token = NULL
+WHERE slot IN (
+    SELECT slot FROM request
+    WHERE sealed_token IS NOT NULL AND create_time <= now() - $1::interval
+    ORDER BY create_time
+    LIMIT $2
+    FOR UPDATE SKIP LOCKED
+)
 """
 
-REQUEST_DELETE = "DELETE FROM request WHERE create_time <= now() - $1::interval"
+# Removes up to $2 slots that are older than $1, likewise.
+REQUEST_DELETE = """
+DELETE FROM request
+WHERE slot IN (
+    SELECT slot FROM request
+    WHERE create_time <= now() - $1::interval
+    ORDER BY create_time
+    LIMIT $2
+    FOR UPDATE SKIP LOCKED
+)
+"""
+
+# Held until the session ends: one process migrates, the others wait.
+MIGRATION_LOCK_TAKE = "SELECT pg_advisory_lock($1)"
 
 DEPLOYMENT_GET = "SELECT value FROM deployment WHERE name = $1"
 

@@ -15,6 +15,7 @@ from latchgate.storage.postgres import Database
 from latchgate.storage.transaction import TOKEN_KEPT
 
 SLOT_KEPT = timedelta(days=1)
+FORGET_ROWS = 5000
 
 
 class RequestSealer:
@@ -42,7 +43,13 @@ class RequestSealer:
 
 
 async def forget_requests(database: Database) -> None:
-    """Clears the tokens that are too old, and removes the slots that no retry will ask for."""
+    """Clears the tokens that are too old, and removes the slots that no retry will ask for.
+
+    In small statements: however much has gathered, none takes so long that it would be cut off.
+    """
     async with database.connection() as connection:
-        await connection.execute(queries.REQUEST_CLEAR, TOKEN_KEPT)
-        await connection.execute(queries.REQUEST_DELETE, SLOT_KEPT)
+        for statement, age in ((queries.REQUEST_CLEAR, TOKEN_KEPT), (queries.REQUEST_DELETE, SLOT_KEPT)):
+            more = True
+            while more:
+                status: str = await connection.execute(statement, age, FORGET_ROWS)
+                more = int(status.rsplit(maxsplit=1)[-1]) == FORGET_ROWS

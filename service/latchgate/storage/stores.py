@@ -35,18 +35,22 @@ class PostgresStore:
 
     async def list_keys(self, key_filter: KeyFilter, after: str, count: int) -> Sequence[Key]:
         """Lists up to `count` keys, newest first, beyond the id `after`."""
+        values = (
+            key_filter.organization_id,
+            after,
+            key_filter.key_type and key_filter.key_type.value,
+            key_filter.environment and key_filter.environment.value,
+            key_filter.state and key_filter.state.value,
+            key_filter.show_deleted,
+            count,
+        )
         async with self._database.connection() as connection:
-            found = await connection.fetch(
-                queries.KEY_LIST,
-                key_filter.organization_id,
-                after,
-                key_filter.key_type and key_filter.key_type.value,
-                key_filter.environment and key_filter.environment.value,
-                key_filter.state and key_filter.state.value,
-                key_filter.user_id,
-                key_filter.show_deleted,
-                count,
-            )
+            if key_filter.user_id:
+                statement = await connection.prepare(queries.KEY_LIST_OF_USER)
+                found = await statement.fetch(*values, key_filter.user_id)
+            else:
+                statement = await connection.prepare(queries.KEY_LIST)
+                found = await statement.fetch(*values)
         return [rows.key(row) for row in found]
 
     async def publishable_key(self, organization_id: str, environment: Environment) -> tuple[Key, str] | None:

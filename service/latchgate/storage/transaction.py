@@ -29,9 +29,10 @@ class PostgresTransaction:
         return now
 
     async def lock_organization(self, organization_id: str) -> Organization | None:
-        """Reads an organization and keeps others from changing it."""
-        row = await self._connection.fetchrow(queries.ORGANIZATION_LOCK, organization_id)
-        return None if row is None else rows.organization(row)
+        """Locks an organization, and then reads it as the last holder of the lock left it."""
+        if await self._connection.fetchval(queries.ORGANIZATION_LOCK, organization_id) is None:
+            return None
+        return rows.organization(_one(await self._connection.fetchrow(queries.ORGANIZATION_GET, organization_id)))
 
     async def lock_key(self, key_id: str) -> Key | None:
         """Locks a key's organization, then the key, and then reads it as the last holder of the lock left it."""

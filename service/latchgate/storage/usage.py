@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from latchgate.domain.errors import StorageUnavailableError
 from latchgate.storage import queries
 from latchgate.storage.postgres import Database
 
@@ -25,19 +24,22 @@ class UsageBuffer:
         return len(self._used)
 
     def record(self, secret_id: int, used_time: datetime) -> None:
-        """Takes note of a use."""
-        self._used[secret_id] = used_time
+        """Takes note of a use. Answers overtake each other, times do not go back."""
+        noted = self._used.get(secret_id)
+        if noted is None or noted < used_time:
+            self._used[secret_id] = used_time
 
     async def flush(self) -> None:
-        """Writes what has gathered. What can not be written is kept for the next time."""
+        """Writes what has gathered. What may not have been written is kept for the next time: twice does no harm."""
         used, self._used = self._used, {}
         batch = sorted(used.items())
         while batch:
             part, batch = batch[:FLUSH_ROWS], batch[FLUSH_ROWS:]
             try:
                 await self._write(part)
-            except StorageUnavailableError:
-                self._used = dict([*part, *batch]) | self._used
+            except BaseException:
+                for secret_id, used_time in (*part, *batch):
+                    self.record(secret_id, used_time)
                 raise
 
     async def _write(self, part: list[tuple[int, datetime]]) -> None:

@@ -61,6 +61,9 @@ _STATEMENTS = (
     # Keyset paging of an organization's keys, and of one user's.
     "CREATE INDEX key_by_organization ON key (organization_id, id)",
     "CREATE INDEX key_by_user ON key (organization_id, user_id, id) WHERE user_id <> ''",
+    # The few that count, among all that ever were.
+    "CREATE INDEX key_unrevoked ON key (organization_id, id) WHERE revoke_time IS NULL",
+    "CREATE INDEX key_publishable ON key (organization_id, environment, id) WHERE key_type = 'publishable'",
     # What is kept of tokens. readable_token is for publishable keys alone.
     """
     CREATE TABLE secret (
@@ -104,6 +107,7 @@ _STATEMENTS = (
     )
     """,
     "CREATE INDEX request_by_time ON request (create_time)",
+    "CREATE INDEX request_with_token ON request (create_time) WHERE sealed_token IS NOT NULL",
     # What the deployment must not change by accident: the tag key, or its fingerprint.
     "CREATE TABLE deployment (name text PRIMARY KEY, value bytea NOT NULL)",
     "INSERT INTO plan (id, rate_limit_per_minute, max_keys) VALUES ('default', 0, 1000), ('root', 0, 100)",

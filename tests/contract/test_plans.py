@@ -1,0 +1,223 @@
+"""How PostgreSQL carries out the statements that must stay fast however much is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import pytest
+
+from latchgate.domain.model import KeyFilter, KeyState
+from latchgate.storage import queries
+from latchgate.storage.lookups import find_many
+from latchgate.storage.postgres import Connection, Database, lent
+from latchgate.storage.stores import PostgresStore
+from support.databases import connected, opened
+
+KEYS = 60_000
+PAGE = 100
+
+# `old` has most of all keys, and all of them are older than those of `new`: a walk along all keys by id would meet none
+# of them for long, and yet statistics make it look cheap. The later half of its keys is revoked; a few are a user's.
+FILL = f"""
+INSERT INTO organization (id, name, plan_id) VALUES ('old', 'Old', 'default'), ('new', 'New', 'default');
+INSERT INTO key (id, organization_id, name, key_type, environment, permissions, rate_limit_per_minute, user_id,
+                 user_email, metadata, allowed_cidrs, created_by, revoke_time)
+SELECT 'key_' || lpad(i::text, 26, '0'), CASE WHEN i <= 40000 THEN 'old' ELSE 'new' END, 'a key',
+       CASE WHEN i % 10000 = 1 THEN 'publishable' ELSE 'secret' END, 'live', '{{read}}', 0,
+       CASE WHEN i % 4000 = 0 THEN 'u1' ELSE '' END, '', '{{}}', '{{}}', '',
+       CASE WHEN i BETWEEN 20001 AND 40000 THEN now() END
+FROM generate_series(1, {KEYS}) i;
+INSERT INTO secret (digest, key_id, hint, readable_token)
+SELECT sha256(id::bytea), id, 'lk_abcde', CASE WHEN key_type = 'publishable' THEN 'public' END FROM key;
+INSERT INTO last_used (secret_id) SELECT id FROM secret;
+ANALYZE;
+"""  # noqa: S608 - figures of this module
+
+
+@pytest.fixture(scope="module")
+def filled_url(postgres_url: str, template_url: str) -> Iterator[str]:
+    """A database with many keys. Tests only read it."""
+    name = f"test_{uuid.uuid4().hex}"
+
+    async def make() -> None:
+        async with connected(postgres_url) as connection:
+            await connection.execute(f"CREATE DATABASE {name} TEMPLATE {urlsplit(template_url).path[1:]}")
+        async with connected(url) as connection:
+            await connection.execute(FILL)
+
+    async def drop() -> None:
+        async with connected(postgres_url) as connection:
+            await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    url = urlunsplit(urlsplit(postgres_url)._replace(path=f"/{name}"))
+    asyncio.run(make())
+    yield url
+    asyncio.run(drop())
+
+
+@pytest.fixture
+async def filled(filled_url: str) -> AsyncIterator[Database]:
+    """The storage layer's pools on it."""
+    async with opened(filled_url) as database:
+        yield database
+
+
+async def generic_plan(connection: Connection, statement: str, types: str, values: str) -> dict[str, Any]:
+    """The plan by which the connection would run a statement that it keeps prepared."""
+    await connection.execute(f"PREPARE kept ({types}) AS {statement}")
+    answer = await connection.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE kept ({values})")
+    await connection.execute("DEALLOCATE kept")
+    plan: dict[str, Any] = json.loads(answer)[0]["Plan"]
+    return plan
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every step of a plan."""
+    yield plan
+    for part in plan.get("Plans", ()):
+        yield from nodes(part)
+
+
+def accesses(plan: dict[str, Any]) -> set[tuple[str, str, str]]:
+    """How a plan reaches tables: the step, the table and the index."""
+    return {
+        (node["Node Type"], node["Relation Name"], node.get("Index Name", ""))
+        for node in nodes(plan)
+        if "Relation Name" in node
+    }
+
+
+FIND_ACCESSES = {
+    ("Index Only Scan", "change_log", "change_log_pkey"),
+    ("Index Scan", "secret", "secret_digest_unique"),
+    ("Index Scan", "key", "key_pkey"),
+    ("Index Scan", "organization", "organization_pkey"),
+    ("Index Scan", "plan", "plan_pkey"),
+}
+
+
+@pytest.mark.parametrize("count", [1, 500])
+async def test_lookup_goes_by_the_digest(filled: Database, count: int) -> None:
+    """The Validate query reaches secrets by the index on the digest, and what belongs to them by primary keys, for one
+    digest and for as many as are ever sent at once.
+    """
+    digests = f"(SELECT array_agg(digest) FROM (SELECT digest FROM secret LIMIT {count}) s)"  # noqa: S608 - a figure
+    async with lent(filled.lookups) as connection:
+        array = await connection.fetchval(f"SELECT quote_literal({digests}::text)")
+        plan = await generic_plan(connection, queries.SECRET_FIND, "bytea[]", array)
+
+    assert FIND_ACCESSES == accesses(plan)
+    (secret,) = [node for node in nodes(plan) if node.get("Relation Name") == "secret"]
+    assert "(digest = ANY ($1))" == secret["Index Cond"]
+
+
+async def test_lookup_goes_by_the_digest_on_a_database_that_was_new(database: Database) -> None:
+    """The plan is the same before anything is stored: connections are kept for weeks, and so are their plans."""
+    async with lent(database.lookups) as connection:
+        plan = await generic_plan(connection, queries.SECRET_FIND, "bytea[]", "'{}'")
+
+    assert FIND_ACCESSES == accesses(plan)
+
+
+async def test_lookups_are_planned_once(filled: Database) -> None:
+    """Lookups of any number of digests share one plan from the first on."""
+    find = find_many(filled)
+    for count in (1, 2, 3, 500):
+        await find([bytes([count % 256]) * 32 for _ in range(count)])
+
+    async with lent(filled.lookups) as connection:
+        plans = await connection.fetch(
+            "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement = $1", queries.SECRET_FIND
+        )
+
+    assert [(4, 0)] == [tuple(row) for row in plans]
+
+
+async def run_plan(database: Database, statement: str, *values: Any) -> dict[str, Any]:
+    """The plan of a statement that is prepared anew for these values, with what it did."""
+    async with database.connection() as connection:
+        prepared = await connection.prepare(statement)
+        (answer,) = await prepared.explain(*values, analyze=True)
+    plan: dict[str, Any] = answer["Plan"]
+    return plan
+
+
+def key_scan(plan: dict[str, Any]) -> tuple[str, str, int]:
+    """How the table of keys was reached: the step, the index, and how many rows were read."""
+    (scan,) = [node for node in nodes(plan) if node.get("Relation Name") == "key"]
+    read = scan["Actual Rows"] + scan.get("Rows Removed by Filter", 0)
+    return scan["Node Type"], scan.get("Index Name", ""), int(read)
+
+
+def steps(plan: dict[str, Any]) -> set[str]:
+    """The kinds of steps of a plan."""
+    return {node["Node Type"] for node in nodes(plan)}
+
+
+def page(after: str, state: str | None, count: int) -> tuple[Any, ...]:
+    """What the statements that list keys take, without the deleted ones."""
+    show_deleted = False
+    return ("old", after, None, None, state, show_deleted, count)
+
+
+@pytest.mark.parametrize(
+    ("after", "state", "index"),
+    [
+        pytest.param("", None, "key_by_organization", id="first"),
+        pytest.param(f"key_{1000:026d}", None, "key_by_organization", id="deep"),
+        pytest.param("", "revoked", "key_by_organization", id="revoked"),
+        pytest.param("", "active", "key_unrevoked", id="active"),
+    ],
+)
+async def test_page_reads_no_more_than_it_gives(filled: Database, after: str, state: str | None, index: str) -> None:
+    """A page of an organization's keys is a walk along an index of its own that ends with the page: the first page as
+    any later one, and however its keys lie among those of others.
+    """
+    plan = await run_plan(filled, queries.KEY_LIST, *page(after, state, PAGE))
+
+    assert ("Index Scan", index, PAGE) == key_scan(plan)
+    assert not {"Sort", "Seq Scan"} & steps(plan)
+
+
+@pytest.mark.parametrize("after", ["", f"key_{30_000:026d}"])
+async def test_page_of_a_user_reads_that_users_keys_alone(filled: Database, after: str) -> None:
+    """A page of one user's keys reads no others: they are found by the index of users."""
+    plan = await run_plan(filled, queries.KEY_LIST_OF_USER, *page(after, None, 5), "u1")
+
+    assert "key_by_user" in {node.get("Index Name") for node in nodes(plan)}
+    assert key_scan(plan)[2] <= 10
+
+
+async def test_publishable_key_is_not_searched_among_all(filled: Database) -> None:
+    """GetPublishableKey reads publishable keys alone."""
+    plan = await run_plan(filled, queries.KEY_GET_PUBLISHABLE, "old", "live")
+
+    assert "key_publishable" in {node.get("Index Name") for node in nodes(plan)}
+    assert key_scan(plan)[2] <= 4
+
+
+async def test_lists_are_planned_for_their_filters(filled_url: str) -> None:
+    """However often keys were listed, the next list is planned for its own filters: a plan for any filters would not
+    know which index serves them.
+    """
+    filters = [
+        KeyFilter(organization_id="old"),
+        KeyFilter(organization_id="old", user_id="u1"),
+        KeyFilter(organization_id="old", state=KeyState.ACTIVE),
+    ]
+    async with opened(filled_url, pool_size=1) as database:
+        store = PostgresStore(database)
+        for key_filter in filters * 7:
+            await store.list_keys(key_filter, "", 5)
+        async with database.connection() as connection:
+            generic = await connection.fetchval(
+                "SELECT coalesce(sum(generic_plans), 0) FROM pg_prepared_statements WHERE statement = ANY ($1::text[])",
+                [queries.KEY_LIST, queries.KEY_LIST_OF_USER],
+            )
+
+    assert 0 == generic

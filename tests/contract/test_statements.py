@@ -1,0 +1,210 @@
+"""Every SQL constant against the migrated schema, and its columns against what is read from them."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime, timedelta
+from typing import Any, Union, cast
+
+import asyncpg
+
+from latchgate.domain.model import Key, KeyRecord, Organization, Plan, Scope
+from latchgate.domain.token import digest
+from latchgate.storage import queries, rows
+from latchgate.storage.postgres import Connection, Database
+from latchgate.storage.stores import PostgresStore
+from support.databases import insert_key
+
+KEY_COLUMNS = {
+    "id", "organization_id", "name", "key_type", "environment", "permissions", "rate_limit_per_minute", "active",
+    "user_id", "user_email", "metadata", "allowed_cidrs", "created_by", "create_time", "update_time", "expire_time",
+    "revoke_time", "revoke_reason", "delete_time", "version", "revision", "read_time", "hints", "create_times",
+    "end_times", "used_times", "last_used_time",
+}  # fmt: skip
+ORGANIZATION_COLUMNS = {
+    "id", "name", "plan_id", "active", "scopes", "key_count", "max_keys", "create_time", "update_time",
+}  # fmt: skip
+PLAN_COLUMNS = {"id", "rate_limit_per_minute", "max_keys", "create_time", "update_time"}
+FOUND_COLUMNS = {
+    "secret_id", "key_id", "organization_id", "organization_active", "key_name", "key_type", "environment",
+    "permissions", "allowed_cidrs", "rate_limit_per_minute", "active", "revoked", "expire_time", "secret_end_time",
+    "create_time", "user_id", "user_email", "metadata",
+}  # fmt: skip
+
+# What each constant takes and gives, as PostgreSQL understands it.
+STATEMENTS: dict[str, tuple[str, set[str]]] = {
+    "KEY_GET": ("text", KEY_COLUMNS),
+    "KEY_LOCK": ("text", {"?column?"}),
+    "KEY_LOCK_ORGANIZATION": ("text", {"id"}),
+    "KEY_LIST": ("text text text text text bool int8", KEY_COLUMNS),
+    "KEY_LIST_OF_USER": ("text text text text text bool int8 text", KEY_COLUMNS),
+    "KEY_GET_PUBLISHABLE": ("text text", {"id", "readable_token"}),
+    "KEY_LIST_LASTING_ROOT": ("", {"id"}),
+    "KEY_INSERT": ("text text text text text text[] int4 text text jsonb text[] text timestamptz", set()),
+    "KEY_UPDATE": ("text text text[] int4 bool jsonb text[] timestamptz timestamptz text timestamptz int8", set()),
+    "SECRET_INSERT": ("bytea text text text", set()),
+    "SECRET_END": ("text interval", set()),
+    "SECRET_EXISTS": ("bytea", {"exists"}),
+    "SECRET_IS_GOOD_ROOT": ("bytea", {"exists"}),
+    "SECRET_FIND": ("bytea[]", {"now", "revision", "digest", *FOUND_COLUMNS}),
+    "LAST_USED_UPDATE": ("int8[] timestamptz[]", set()),
+    "ORGANIZATION_GET": ("text", ORGANIZATION_COLUMNS),
+    "ORGANIZATION_LOCK": ("text", {"?column?"}),
+    "ORGANIZATION_LIST": ("text int8", ORGANIZATION_COLUMNS),
+    "ORGANIZATION_SCOPES": ("text", {"scopes"}),
+    "ORGANIZATION_INSERT": ("text text text jsonb", set()),
+    "ORGANIZATION_UPDATE": ("text text text bool jsonb", set()),
+    "PLAN_LOCK": ("text", PLAN_COLUMNS),
+    "PLAN_LIST": ("text int8", PLAN_COLUMNS),
+    "PLAN_INSERT": ("text int4 int4", PLAN_COLUMNS),
+    "PLAN_UPDATE": ("text int4 int4", PLAN_COLUMNS),
+    "CHANGE_LOCK_TAKE": ("int8", {"pg_advisory_xact_lock"}),
+    "CHANGE_INSERT": ("text text", {"revision", "pg_notify"}),
+    "REQUEST_CLAIM": ("bytea bytea", {"slot"}),
+    "REQUEST_GET": ("bytea interval", {"body_digest", "key_id", "revision", "sealed_token"}),
+    "REQUEST_ANSWER": ("bytea text int8 bytea", set()),
+    "REQUEST_CLEAR": ("interval int8", set()),
+    "REQUEST_DELETE": ("interval int8", set()),
+    "MIGRATION_LOCK_TAKE": ("int8", {"pg_advisory_lock"}),
+    "DEPLOYMENT_GET": ("text", {"value"}),
+    "DEPLOYMENT_INSERT": ("text bytea", set()),
+    "DATABASE_PROBE": ("", {"pg_is_in_recovery"}),
+}
+
+
+async def test_every_statement_fits_the_schema(database: Database) -> None:
+    """Each constant of the queries module can be prepared against the migrated schema, takes what its callers pass and
+    gives what they read. A constant that is added without an entry in this table fails here.
+    """
+    actual = {}
+    async with database.connection() as connection:
+        for name, value in vars(queries).items():
+            if name.startswith("_") or not isinstance(value, str) or not name.isupper():
+                continue
+            statement = await connection.prepare(value)
+            parameters = " ".join(parameter.name for parameter in statement.get_parameters())
+            actual[name] = (parameters, {attribute.name for attribute in statement.get_attributes()})
+
+    assert STATEMENTS == actual
+
+
+class WatchedRow:
+    """A row that remembers which of its columns were read."""
+
+    def __init__(self, row: asyncpg.Record) -> None:
+        """Takes the row."""
+        self._row = row
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        """Gives a column."""
+        self.read.add(name)
+        return self._row[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A statement that is read into a dataclass: with which values to run it, by which reader, into what."""
+
+    statement: str
+    values: tuple[Any, ...]
+    reader: Callable[[asyncpg.Record], Any]
+    result: type[Any]
+    beside: frozenset[str] = frozenset()
+
+
+async def test_columns_are_those_that_are_read(database: Database, store: PostgresStore) -> None:
+    """Each column that a statement gives is read into its dataclass, none is asked for that it does not give, and each
+    field holds a value of its declared type.
+    """
+    await store.insert_organization("acme", "Acme", "default", (Scope(name="a:b", description="c"),))
+    key, token = await insert_key(
+        store,
+        permissions=("read",),
+        allowed_cidrs=("10.0.0.0/8",),
+        metadata={"a": "b"},
+        user_id="u1",
+        expire_time=datetime.now(UTC) + timedelta(days=1),
+    )
+    page = ("acme", "", None, None, None, False, 5)
+    readings = [
+        Reading(statement=queries.KEY_GET, values=(key.id,), reader=rows.key, result=Key),
+        Reading(statement=queries.KEY_LIST, values=page, reader=rows.key, result=Key),
+        Reading(statement=queries.KEY_LIST_OF_USER, values=(*page, "u1"), reader=rows.key, result=Key),
+        Reading(
+            statement=queries.SECRET_FIND,
+            values=([digest(token)],),
+            reader=rows.key_record,
+            result=KeyRecord,
+            beside=frozenset({"now", "revision", "digest"}),
+        ),
+        Reading(statement=queries.ORGANIZATION_GET, values=("acme",), reader=rows.organization, result=Organization),
+        Reading(statement=queries.ORGANIZATION_LIST, values=("", 1), reader=rows.organization, result=Organization),
+        Reading(statement=queries.PLAN_LOCK, values=("default",), reader=rows.plan, result=Plan),
+        Reading(statement=queries.PLAN_LIST, values=("", 1), reader=rows.plan, result=Plan),
+        Reading(statement=queries.PLAN_INSERT, values=("new", 1, 2), reader=rows.plan, result=Plan),
+        Reading(statement=queries.PLAN_UPDATE, values=("default", 1, 2), reader=rows.plan, result=Plan),
+    ]
+    async with database.connection() as connection:
+        for reading in readings:
+            row = await connection.fetchrow(reading.statement, *reading.values)
+            assert row is not None
+            watched = WatchedRow(row)
+            value = reading.reader(cast("asyncpg.Record", watched))
+            assert set(row.keys()) - reading.beside == watched.read, reading.statement
+            assert isinstance(value, reading.result)
+            assert {} == _mistyped(value)
+
+
+def _mistyped(value: Any) -> dict[str, Any]:
+    """Gives the fields of a dataclass whose values are not of the declared type."""
+    hints = typing.get_type_hints(type(value))
+    return {
+        field.name: getattr(value, field.name)
+        for field in fields(value)
+        if not _is_of(getattr(value, field.name), hints[field.name])
+    }
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) in {Union, types.UnionType}:
+        return any(_is_of(value, each) for each in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of(each, typing.get_args(hint)[0]) for each in value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, typing.get_origin(hint) or hint)
+
+
+async def test_what_may_be_none_is_what_may_be_null(observer: Connection) -> None:
+    """A field is declared as possibly None exactly if its column may be null."""
+    for table, result in (("key", Key), ("organization", Organization), ("plan", Plan)):
+        nullable = await observer.fetch(
+            "SELECT attname, NOT attnotnull AS nullable FROM pg_attribute WHERE attrelid = $1::regclass AND attnum > 0",
+            table,
+        )
+        columns = {row["attname"]: row["nullable"] for row in nullable}
+        hints = typing.get_type_hints(result)
+        declared = {name: type(None) in typing.get_args(hint) for name, hint in hints.items() if name in columns}
+        assert {name: columns[name] for name in declared} == declared
+
+
+async def test_digest_is_32_bytes_and_unique(store: PostgresStore, observer: Connection) -> None:
+    """The table of secrets takes no digest that is not 32 bytes long, and none twice."""
+    await store.insert_organization("acme", "Acme", "default", ())
+    key, token = await insert_key(store)
+
+    async def complaint(value: bytes) -> str | None:
+        try:
+            await observer.execute("INSERT INTO secret (digest, key_id, hint) VALUES ($1, $2, '')", value, key.id)
+        except (asyncpg.CheckViolationError, asyncpg.UniqueViolationError) as error:
+            return error.constraint_name
+        return None
+
+    assert "secret_digest_is_sha256" == await complaint(b"\1" * 31)
+    assert "secret_digest_is_sha256" == await complaint(b"\1" * 33)
+    assert "secret_digest_unique" == await complaint(digest(token))
+    assert await complaint(b"\1" * 32) is None

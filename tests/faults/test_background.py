@@ -1,0 +1,210 @@
+"""The work beside the calls: it survives what can be survived, says so, and is never gone without a word."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from prometheus_client import CollectorRegistry
+
+from latchgate.background import Background, BackgroundError
+from latchgate.domain.errors import StorageUnavailableError
+from latchgate.observability import Metrics, configure_logging
+from latchgate.rpc.pipeline import Pipeline
+from latchgate.rpc.server import make_server
+from latchgate.storage.probe import DatabaseProbe
+from latchgate.watch import DatabaseWatch
+from support.databases import connected, until, until_waiting
+from support.service import RunningService, run_service
+
+SECRET = "a-row's-content"
+PAUSE_S = 0.001
+
+
+@pytest_asyncio.fixture
+async def background() -> AsyncIterator[Background]:
+    """Work beside nothing."""
+    made = Background()
+    yield made
+    await asyncio.wait_for(made.close(), 10)
+
+
+@pytest.fixture
+def log(capsys: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
+    """What is logged, one JSON object a line."""
+    configure_logging(level="info", as_json=True)
+    return capsys
+
+
+def events(log: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
+    """Reads what was logged since the last time."""
+    return [json.loads(line) for line in log.readouterr().err.splitlines()]
+
+
+async def test_fault_does_not_end_repeated_work(background: Background, log: pytest.CaptureFixture[str]) -> None:
+    """Work that fails with an error that nobody expected is done again; each failure is counted, and logged as such.
+
+    The log says what and where, and not the error's text.
+    """
+    done = asyncio.Event()
+    times = 0
+
+    async def work() -> None:
+        nonlocal times
+        times += 1
+        if times <= 2:
+            raise KeyError(SECRET)
+        done.set()
+
+    background.repeat("work", PAUSE_S, work)
+    await asyncio.wait_for(done.wait(), 10)
+
+    assert 2 == background.failures["work"]
+    logged = events(log)
+    assert [("work_failed", "error", "work", "KeyError")] * 2 == [
+        (each["event"], each["level"], each["work"], each["error"]) for each in logged
+    ]
+    assert "test_background.py" in str(logged[0]["where"])
+    assert SECRET not in str(logged)
+
+
+async def test_outage_is_told_once(background: Background, log: pytest.CaptureFixture[str]) -> None:
+    """Work that the database is away for is put off, told once however long it takes, and told when it goes on."""
+    done = asyncio.Event()
+    times = 0
+
+    async def work() -> None:
+        nonlocal times
+        times += 1
+        if times <= 5:
+            raise StorageUnavailableError("the database is not available")
+        if times == 7:
+            done.set()
+
+    background.repeat("work", PAUSE_S, work)
+    await asyncio.wait_for(done.wait(), 10)
+
+    assert ["work_put_off", "work_resumed"] == [each["event"] for each in events(log)]
+    assert not background.failures
+
+
+async def test_stop_finishes_what_is_under_way(background: Background) -> None:
+    """Repeated work that is under way at the stop is finished, not broken off; and then it is not done again."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    finished = 0
+
+    async def work() -> None:
+        nonlocal finished
+        begun.set()
+        await go_on.wait()
+        finished += 1
+
+    background.repeat("work", PAUSE_S, work)
+    await asyncio.wait_for(begun.wait(), 10)
+    closing = asyncio.create_task(background.close())
+    await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.wait_for(closing, 10)
+    assert 1 == finished
+
+
+@pytest.mark.parametrize("fault", [None, ValueError(SECRET)])
+async def test_end_of_lasting_work_is_death(
+    background: Background, log: pytest.CaptureFixture[str], fault: Exception | None
+) -> None:
+    """Work that should last as long as the service ends it when it ends, and the reason names it and no contents."""
+
+    async def work() -> None:
+        if fault is not None:
+            raise fault
+
+    background.keep("the thing", work())
+    with pytest.raises(BackgroundError, match="the thing") as death:
+        await asyncio.wait_for(background.death(), 10)
+    assert SECRET not in str(death.value)
+    assert ([] if fault is None else ["work_failed"]) == [each["event"] for each in events(log)]
+
+
+async def test_end_at_the_stop_is_no_death(background: Background) -> None:
+    """Work that ends because the service stops is no reason to complain."""
+    end = asyncio.Event()
+    background.keep("the thing", end.wait())
+    background.stop()
+    end.set()
+    await background.close()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(background.death(), 0.01)
+
+
+async def test_server_gone(service: RunningService) -> None:
+    """A gRPC server that ends by itself does not leave a process behind that listens no more."""
+    await service.running.server.server.stop(None)
+    with pytest.raises(BackgroundError, match="gRPC server"):
+        await asyncio.wait_for(service.running.background.death(), 10)
+
+
+class _BrokenProbe(DatabaseProbe):
+    """Fails in a way that no database can be made to."""
+
+    async def is_writable(self) -> bool:
+        raise RuntimeError(SECRET)
+
+
+async def test_probe_fault_is_not_serving(background: Background, log: pytest.CaptureFixture[str]) -> None:
+    """A health watch that fails itself says NOT_SERVING: it does not know better."""
+    metrics = Metrics(CollectorRegistry())
+    server = make_server(pipeline=Pipeline(metrics, is_validate_open=True), listen="127.0.0.1:0", credentials=None)
+    watch = DatabaseWatch(_BrokenProbe("postgresql://", 1.0), server, metrics, background)
+    await watch.show(is_up=True)
+    await watch.look()
+    assert 0.0 == metrics.registry.get_sample_value("latchgate_database_up")
+    assert ["work_failed", "database_away"] == [each["event"] for each in events(log)]
+    assert 1 == background.failures["database watch"]
+
+
+async def test_failing_flush_is_told_and_survived(database_url: str) -> None:
+    """Last-used times that can not be written are an error in log and metrics, and written once they can be again."""
+    async with run_service(database_url, usage_flush_seconds=0.02) as service, connected(database_url) as connection:
+        await service.create_organization()
+        created = await service.create_key()
+        await connection.execute("ALTER TABLE last_used RENAME TO last_used_away")
+
+        async def is_told() -> bool:
+            # Once more each time: what a failed flush had taken is not its only chance.
+            assert "VALID" == await service.outcome(created.token)
+            failures = service.running.metrics.registry.get_sample_value(
+                "latchgate_background_failures_total", {"work": "writing of last-used times"}
+            )
+            return (failures or 0) >= 1
+
+        await until(is_told)
+        await connection.execute("ALTER TABLE last_used_away RENAME TO last_used")
+
+        async def is_written() -> bool:
+            assert "VALID" == await service.outcome(created.token)
+            return (await service.get_key(created.key.id)).HasField("last_used_time")
+
+        await until(is_written)
+
+
+async def test_flush_under_way_at_the_stop(database_url: str) -> None:
+    """Last-used times whose writing is under way when the service is told to stop are written."""
+    async with connected(database_url) as connection:
+        async with run_service(database_url, usage_flush_seconds=0.02) as service:
+            await service.create_organization()
+            created = await service.create_key()
+            locked = connection.transaction()
+            await locked.start()
+            await connection.execute("SELECT 1 FROM last_used FOR UPDATE")
+            assert "VALID" == await service.outcome(created.token)
+            await until_waiting(connection)
+            release = asyncio.get_running_loop().call_later(0.1, lambda: asyncio.ensure_future(locked.commit()))
+        assert not release.cancelled()
+        assert 1 == await connection.fetchval(
+            "SELECT count(*) FROM last_used u JOIN secret s ON s.id = u.secret_id"
+            " WHERE s.key_id = $1 AND u.used_time IS NOT NULL",
+            created.key.id,
+        )

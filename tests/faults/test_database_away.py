@@ -1,0 +1,285 @@
+"""The database goes away, and comes back: what is answered meanwhile, and that everything is as before after it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from apikeys.v1 import key_service_pb2 as keys_pb
+from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
+from latchgate.app import Running, serving
+from latchgate.storage.embedded import EmbeddedPostgres
+from support.databases import connected, until, until_waiting
+from support.faults import FaultyWire
+from support.service import ROOT_TOKEN, CallError, RunningService, bearer, make_settings, refusal, run_service
+
+POOL_SIZE = 4
+MORE_THAN_THE_POOL = POOL_SIZE + 5
+# Far less than any of the service's own time limits towards the database: who is refused is refused at once.
+AT_ONCE_S = 0.9
+# More than all of them together: nobody waits for ever.
+BOUND_S = 15.0
+# The two seconds in which health is to know, and some for a machine that is busy.
+HEALTH_S = 6.0
+INVENTED = "lk_" + "0" * 40
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def create(service: RunningService, timeout: float | None = None) -> Any:
+    """Asks for a key."""
+    return service.keys.CreateKey(
+        keys_pb.CreateKeyRequest(organization_id="acme", name="a key", permissions=["read"]),
+        metadata=service.root,
+        timeout=timeout,
+    )
+
+
+def validate(service: RunningService, token: str, timeout: float | None = None) -> Any:
+    """Asks about a token."""
+    return service.keys.Validate(keys_pb.ValidateRequest(token=token), timeout=timeout)
+
+
+def assert_unavailable(errors: Sequence[CallError]) -> None:
+    """Demands that calls were refused for the database's sake, and that they say so to programs."""
+    expected = [(grpc.StatusCode.UNAVAILABLE, "STORAGE_UNAVAILABLE")] * len(errors)
+    assert expected == [(error.code, error.reason) for error in errors]
+
+
+async def assert_recovered(service: RunningService, token: str) -> None:
+    """Demands that more calls than the pool has connections all succeed at once."""
+    created = await asyncio.gather(*(create(service, BOUND_S) for _ in range(MORE_THAN_THE_POOL)))
+    outcomes = await asyncio.gather(*(service.outcome(each.token) for each in created), service.outcome(token))
+    assert {"VALID"} == set(outcomes)
+    assert 0.0 == busy_connections(service.running)
+
+
+def busy_connections(running: Running) -> float | None:
+    """Reads from the metrics how many connections for management are at work."""
+    return running.metrics.registry.get_sample_value("latchgate_pool_connections", {"state": "busy"})
+
+
+@asynccontextmanager
+async def health_changes(address: str) -> AsyncIterator[asyncio.Queue[int]]:
+    """Watches the health of a server; each answer comes into the queue."""
+    answers: asyncio.Queue[int] = asyncio.Queue()
+
+    async def watch() -> None:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        async for answer in stub.Watch(health_pb2.HealthCheckRequest()):
+            answers.put_nowait(answer.status)
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        watching = asyncio.create_task(watch())
+        yield answers
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_start_without_database(wire: FaultyWire, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service whose database is away listens, says so at once to everyone who asks, and serves when it comes."""
+    monkeypatch.setattr("latchgate.app.START_RETRY_S", 0.05)
+    wire.refuse()
+    async with (
+        serving(make_settings(wire.url(database_url))) as running,
+        grpc.aio.insecure_channel(running.listen) as channel,
+        health_changes(running.listen) as health,
+    ):
+        stub: Any = KeyServiceStub(channel)
+        assert NOT_SERVING == await health.get()
+        listing = keys_pb.ListKeysRequest(organization_id="acme")
+        assert_unavailable(
+            [
+                await refusal(stub.Validate(keys_pb.ValidateRequest(token=INVENTED), timeout=AT_ONCE_S)),
+                await refusal(stub.ListKeys(listing, metadata=bearer(ROOT_TOKEN), timeout=AT_ONCE_S)),
+            ]
+        )
+
+        await wire.listen()
+        await asyncio.wait_for(running.ready, BOUND_S)
+
+        assert SERVING == await health.get()
+        answer = await stub.Validate(keys_pb.ValidateRequest(token=ROOT_TOKEN))
+        assert keys_pb.OUTCOME_VALID == answer.outcome
+
+
+async def test_start_with_black_hole(wire: FaultyWire, database_url: str) -> None:
+    """A service whose database swallows everything listens and answers, and can be stopped before it ever serves."""
+    wire.swallow()
+    async with (
+        serving(make_settings(wire.url(database_url))) as running,
+        grpc.aio.insecure_channel(running.listen) as channel,
+    ):
+        stub: Any = KeyServiceStub(channel)
+        call = stub.Validate(keys_pb.ValidateRequest(token=INVENTED), timeout=AT_ONCE_S)
+        assert_unavailable([await refusal(call)])
+        assert not running.ready.done()
+    assert running.ready.cancelled()
+
+
+async def test_away_and_back_again(wired: RunningService, wire: FaultyWire) -> None:
+    """While the database is away each call is UNAVAILABLE at once; when it is back all are answered, time and again."""
+    token = (await wired.create_key()).token
+    for _ in range(3):
+        wire.refuse()
+        calls = [create(wired, AT_ONCE_S) for _ in range(MORE_THAN_THE_POOL)]
+        calls += [validate(wired, token, AT_ONCE_S) for _ in range(MORE_THAN_THE_POOL)]
+        assert_unavailable(await asyncio.gather(*(refusal(call) for call in calls)))
+
+        await wire.listen()
+        await assert_recovered(wired, token)
+
+
+async def test_connections_cut_under_load(wired: RunningService, wire: FaultyWire) -> None:
+    """Of calls under way when all connections are cut, each is answered or UNAVAILABLE; none that comes after is."""
+    token = (await wired.create_key()).token
+    wire.delay_s = 0.002
+    for _ in range(2):
+        calls = [create(wired, BOUND_S) for _ in range(MORE_THAN_THE_POOL)]
+        calls += [validate(wired, token, BOUND_S) for _ in range(MORE_THAN_THE_POOL)]
+        # Some have been answered then, some are under way, and some wait for a connection.
+        await calls[0]
+        wire.cut()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        codes = {answer.code() for answer in answers if isinstance(answer, grpc.aio.AioRpcError)}
+        assert codes <= {grpc.StatusCode.UNAVAILABLE}
+    wire.delay_s = 0.0
+
+    await assert_recovered(wired, token)
+
+
+async def test_black_hole(wired: RunningService, wire: FaultyWire) -> None:
+    """With a database that swallows everything each call is UNAVAILABLE within a bound; after it all are answered."""
+    token = (await wired.create_key()).token
+    await asyncio.gather(*(create(wired) for _ in range(MORE_THAN_THE_POOL)))
+
+    wire.swallow()
+    calls = [create(wired, BOUND_S) for _ in range(MORE_THAN_THE_POOL)]
+    calls += [validate(wired, token, BOUND_S) for _ in range(MORE_THAN_THE_POOL)]
+    assert_unavailable(await asyncio.gather(*(refusal(call) for call in calls)))
+
+    wire.flow()
+    await assert_recovered(wired, token)
+
+
+async def test_deadline_in_black_hole(wired: RunningService, wire: FaultyWire, database_url: str) -> None:
+    """A caller's deadline that comes before the database answers ends the call, and what it began with it."""
+    token = (await wired.create_key()).token
+    wire.swallow()
+    calls = [create(wired, 0.2), validate(wired, token, 0.2)]
+    codes = [error.code for error in await asyncio.gather(*(refusal(call) for call in calls))]
+    assert [grpc.StatusCode.DEADLINE_EXCEEDED] * 2 == codes
+
+    wire.flow()
+    await assert_recovered(wired, token)
+    async with connected(database_url) as connection:
+        # The first, and those of assert_recovered.
+        assert 1 + MORE_THAN_THE_POOL == await connection.fetchval(
+            "SELECT count(*) FROM key WHERE organization_id = 'acme'"
+        )
+
+
+async def test_deadline_within_transaction(wired: RunningService, database_url: str) -> None:
+    """A change whose caller's deadline comes while it is under way is undone, and holds no lock and no connection."""
+    async with connected(database_url) as connection:
+        async with connection.transaction():
+            await connection.execute("SELECT 1 FROM organization WHERE id = 'acme' FOR UPDATE")
+            call = asyncio.ensure_future(refusal(create(wired, 0.5)))
+            await until_waiting(connection)
+            assert grpc.StatusCode.DEADLINE_EXCEEDED == (await call).code
+
+        async def is_clean() -> bool:
+            open_sessions = await connection.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state <> 'idle'"
+                " AND pid <> pg_backend_pid()"
+            )
+            return open_sessions == 0 and busy_connections(wired.running) == 0
+
+        await until(is_clean)
+        assert 0 == await connection.fetchval("SELECT count(*) FROM key WHERE organization_id = 'acme'")
+
+
+async def test_all_backends_terminated(wired: RunningService, database_url: str) -> None:
+    """When the server ends all sessions, calls fail at most until the service has heard of it."""
+    token = (await wired.create_key()).token
+    async with connected(database_url) as connection:
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+
+    async def is_back() -> bool:
+        try:
+            await asyncio.gather(validate(wired, token, BOUND_S), create(wired, BOUND_S))
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                return False
+            raise
+        return True
+
+    await until(is_back)
+    await assert_recovered(wired, token)
+
+
+async def test_server_restarted(tmp_path: Path) -> None:
+    """PostgreSQL may be stopped and started under a running service: it says so, and goes on by itself."""
+    server = await asyncio.to_thread(EmbeddedPostgres.start, tmp_path)
+    try:
+        async with run_service(await server.create_database(), pool_size=POOL_SIZE) as service:
+            await service.create_organization("acme")
+            token = (await service.create_key()).token
+
+            await asyncio.to_thread(server.stop)
+            assert_unavailable([await refusal(validate(service, token, BOUND_S))])
+            assert_unavailable([await refusal(create(service, BOUND_S))])
+
+            server = await asyncio.to_thread(EmbeddedPostgres.start, tmp_path)
+            await assert_recovered(service, token)
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+async def test_invented_tokens_while_away(wired: RunningService, wire: FaultyWire) -> None:
+    """A flood of tokens with wrong tags is told NOT_FOUND while the database is away, and does not even ask for it."""
+    wire.refuse()
+    await wire.listen()
+    wire.swallow()
+    accepted = wire.accepted
+    tokens = [f"lk_{number:040}" for number in range(300)]
+
+    outcomes = await asyncio.gather(*(wired.outcome(token) for token in tokens))
+
+    assert {"NOT_FOUND"} == set(outcomes)
+    # The health probe's own attempt may fall into this time.
+    assert wire.accepted - accepted <= 1
+    wire.flow()
+
+
+async def test_health_follows_database(wired: RunningService, wire: FaultyWire) -> None:
+    """Health and the metric say within about two seconds that the database is away or silent, and that it is back."""
+
+    def database_up() -> float | None:
+        return wired.running.metrics.registry.get_sample_value("latchgate_database_up")
+
+    async with health_changes(wired.address) as health:
+        assert SERVING == await health.get()
+        for is_silent in (False, True):
+            if is_silent:
+                wire.swallow()
+            else:
+                wire.refuse()
+            assert NOT_SERVING == await asyncio.wait_for(health.get(), HEALTH_S)
+            assert 0.0 == database_up()
+
+            wire.flow()
+            await wire.listen()
+            assert SERVING == await asyncio.wait_for(health.get(), HEALTH_S)
+            assert 1.0 == database_up()
