@@ -225,7 +225,9 @@ def load_scopes(path: Path | None) -> tuple[Scope, ...]:
     except OSError as error:
         raise SettingsError(f"LATCHGATE_SCOPES_FILE: {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError):
-        raise SettingsError(f"LATCHGATE_SCOPES_FILE: {path}: must be TOML with a table [scopes]") from None
+        table = None
+    if not isinstance(table, dict):
+        raise SettingsError(f"LATCHGATE_SCOPES_FILE: {path}: must be TOML with a table [scopes]")
     for name, description in table.items():
         if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*(:[a-z0-9][a-z0-9_.-]*)*", name) or not isinstance(description, str):
             raise SettingsError(

@@ -166,8 +166,8 @@ async def _row(client: _Client, what: str, start_s: float | None, token: str) ->
 
 def _print_hint(found: Settings, address: str) -> None:
     """Prints grpcurl lines that work as they stand."""
-    grpcurl = _grpcurl()
-    if grpcurl is None:
+    program = grpcurl()
+    if program is None:
         print("\n(grpcurl is not installed here; any build of it will do.)")
     if os.environ.get("LATCHGATE_ROOT_TOKEN"):
         token, place = "$LATCHGATE_ROOT_TOKEN", ", where LATCHGATE_ROOT_TOKEN is set"
@@ -175,7 +175,7 @@ def _print_hint(found: Settings, address: str) -> None:
         # Double quotes do not keep apart what stands between the parentheses.
         token = f"$(cat {shlex.quote(str(found.data_dir / TOKEN_FILE))})"
         place = "" if found.data_dir.is_absolute() else ", in this folder"
-    call = f"{grpcurl or 'grpcurl'} -plaintext"
+    call = f"{program or 'grpcurl'} -plaintext"
     print(f"\nTry it from another terminal{place}:")
     print(f'  {call} -H "authorization: Bearer {token}" \\')
     print(f"""    -d '{{"organization_id": "{ORGANIZATION}", "name": "my key", "permissions": ["read"]}}' \\""")
@@ -185,7 +185,7 @@ def _print_hint(found: Settings, address: str) -> None:
     print("Press Ctrl-C to stop.", flush=True)
 
 
-def _grpcurl() -> str | None:
+def grpcurl() -> str | None:
     """Gives the shortest way to call grpcurl in this folder, or None if it is not installed."""
     if shutil.which("grpcurl"):
         return "grpcurl"

@@ -13,8 +13,8 @@ from latchgate.domain.validation import ForeignLookupBudget, Validator
 from latchgate.rpc.pipeline import Backend, Pipeline
 from latchgate.rpc.server import RpcServer
 
-QUIET_S: Final = 0.005
-MAX_HOLD_S: Final = 0.05
+QUIET_S: Final = 0.02
+MAX_HOLD_S: Final = 0.1
 
 
 class HoldingValidator(Validator):

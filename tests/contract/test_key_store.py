@@ -133,9 +133,7 @@ async def test_unknown_ids_are_none(store: PostgresStore) -> None:
 
 
 async def test_organizations_and_plans_are_read_as_they_were_stored(store: PostgresStore) -> None:
-    """Every field of an organization and of a plan comes back as it went in; lists go by id, on from where they are told
-    to.
-    """
+    """Every field of an organization and of a plan comes back as it went in; lists go by id, from the given one on."""
     scopes = (Scope(name="a:b", description="ä"), Scope(name="c"))
     plan = await store.insert_plan("small", 5, 2)
     organization = await store.insert_organization("acme", "Acmé", "small", scopes)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 
 import pytest
 import pytest_asyncio
+import structlog
 from prometheus_client import CollectorRegistry
 
 from latchgate.background import Background, BackgroundError
@@ -18,6 +21,7 @@ from latchgate.rpc.server import make_server
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.watch import DatabaseWatch
 from support.databases import connected, until, until_waiting
+from support.faults import NOT_SERVING, SERVING, health_changes
 from support.service import RunningService, run_service
 
 SECRET = "a-row's-content"
@@ -33,10 +37,14 @@ async def background() -> AsyncIterator[Background]:
 
 
 @pytest.fixture
-def log(capsys: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
+def log(capsys: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[str]]:
     """What is logged, one JSON object a line."""
+    root = logging.getLogger()
+    handlers = list(root.handlers)
     configure_logging(level="info", as_json=True)
-    return capsys
+    yield capsys
+    root.handlers[:] = handlers
+    structlog.reset_defaults()
 
 
 def events(log: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
@@ -192,17 +200,19 @@ async def test_failing_flush_is_told_and_survived(database_url: str) -> None:
 
 async def test_flush_under_way_at_the_stop(database_url: str) -> None:
     """Last-used times whose writing is under way when the service is told to stop are written."""
-    async with connected(database_url) as connection:
-        async with run_service(database_url, usage_flush_seconds=0.02) as service:
-            await service.create_organization()
-            created = await service.create_key()
-            locked = connection.transaction()
-            await locked.start()
+    async with connected(database_url) as connection, AsyncExitStack() as stack:
+        service = await stack.enter_async_context(run_service(database_url, usage_flush_seconds=0.02))
+        await service.create_organization()
+        created = await service.create_key()
+        async with connection.transaction():
             await connection.execute("SELECT 1 FROM last_used FOR UPDATE")
             assert "VALID" == await service.outcome(created.token)
             await until_waiting(connection)
-            release = asyncio.get_running_loop().call_later(0.1, lambda: asyncio.ensure_future(locked.commit()))
-        assert not release.cancelled()
+            async with health_changes(service.address) as health:
+                assert SERVING == await health.get()
+                stopping = asyncio.create_task(stack.aclose())
+                assert NOT_SERVING == await asyncio.wait_for(health.get(), 10)
+        await stopping
         assert 1 == await connection.fetchval(
             "SELECT count(*) FROM last_used u JOIN secret s ON s.id = u.secret_id"
             " WHERE s.key_id = $1 AND u.used_time IS NOT NULL",

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from latchgate.app import Running, serving
 from latchgate.storage.embedded import EmbeddedPostgres
 from support.databases import connected, until, until_waiting
-from support.faults import FaultyWire
+from support.faults import NOT_SERVING, SERVING, FaultyWire, health_changes
 from support.service import ROOT_TOKEN, CallError, RunningService, bearer, make_settings, refusal, run_service
 
 POOL_SIZE = 4
@@ -29,9 +27,6 @@ BOUND_S = 15.0
 # The two seconds in which health is to know, and some for a machine that is busy.
 HEALTH_S = 6.0
 INVENTED = "lk_" + "0" * 40
-
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def create(service: RunningService, timeout: float | None = None) -> Any:
@@ -65,23 +60,6 @@ async def assert_recovered(service: RunningService, token: str) -> None:
 def busy_connections(running: Running) -> float | None:
     """Reads from the metrics how many connections for management are at work."""
     return running.metrics.registry.get_sample_value("latchgate_pool_connections", {"state": "busy"})
-
-
-@asynccontextmanager
-async def health_changes(address: str) -> AsyncIterator[asyncio.Queue[int]]:
-    """Watches the health of a server; each answer comes into the queue."""
-    answers: asyncio.Queue[int] = asyncio.Queue()
-
-    async def watch() -> None:
-        stub: Any = health_pb2_grpc.HealthStub(channel)
-        async for answer in stub.Watch(health_pb2.HealthCheckRequest()):
-            answers.put_nowait(answer.status)
-
-    async with grpc.aio.insecure_channel(address) as channel:
-        watching = asyncio.create_task(watch())
-        yield answers
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
 
 
 async def test_start_without_database(wire: FaultyWire, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ async def insert_keys(tenant: Tenant, count: int, metadata: str = "{}") -> None:
                              user_id, user_email, metadata, allowed_cidrs, created_by)
             SELECT 'key_' || lpad(to_hex(n), 26, '0'), $1, 'many', 'secret', 'live', '{}', 0,
                    '', '', $3::jsonb, '{}', ''
-            FROM generate_series($2::int * $4::int, $2 * ($4 + 1) - 1) n
+            FROM generate_series($4::int + 1, $4 + $2::int) n
             """,
             tenant.id,
             count,
@@ -39,7 +39,9 @@ async def insert_keys(tenant: Tenant, count: int, metadata: str = "{}") -> None:
             """
             WITH inserted AS (
                 INSERT INTO secret (digest, key_id, hint)
-                SELECT sha256(id::bytea), id, 'lk_xxxxx' FROM key WHERE organization_id = $1 AND name = 'many'
+                SELECT sha256(('nobody knows ' || id)::bytea), id, 'lk_xxxxx'
+                FROM key
+                WHERE organization_id = $1 AND name = 'many'
                 RETURNING id
             )
             INSERT INTO last_used (secret_id) SELECT id FROM inserted

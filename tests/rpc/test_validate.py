@@ -56,7 +56,7 @@ def shown(answer: keys_pb.ValidateResponse) -> set[str]:
 
 
 async def test_valid(acme: Tenant) -> None:
-    """A key is VALID as soon as the call that created it has returned, and the answer says all that a gateway hands on."""
+    """A key is VALID as soon as the call that created it has returned, and the answer says all there is to hand on."""
     created = await full_key(acme)
     answer = await ask(acme, created.token)
     expected = keys_pb.ValidateResponse(
@@ -176,7 +176,7 @@ async def test_organization_inactive(acme: Tenant, rival: Tenant) -> None:
 
 
 async def test_order_of_the_reasons(acme: Tenant) -> None:
-    """Of several reasons the first of the contract's order is told: one that will last comes before one that may pass."""
+    """Of several reasons the first of the contract's order is told: one that will last before one that may pass."""
     created = await full_key(acme)
     wrong = {"client_ip": "192.0.2.1", "required_permissions": ["write"], "cost": 6}
     assert "ADDRESS_DENIED" == outcome_of(await ask(acme, created.token, **wrong))

@@ -1,4 +1,4 @@
-"""A wire that breaks on demand: a TCP proxy between the service and PostgreSQL."""
+"""A wire that breaks on demand: a TCP proxy between the service and PostgreSQL. And what health says of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+SERVING: Final = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
 
 _CHUNK: Final = 65536
 # How asyncpg spells it in its simple query.
@@ -66,6 +72,7 @@ class FaultyWire:
         self._armed: tuple[CommitFault, asyncio.Event] | None = None
         self._let_pass = 0
         self.accepted = 0
+        self._has_accepted = asyncio.Event()
 
     def url(self, server_url: str) -> str:
         """Gives the address of a database of the server as it is reached through the wire."""
@@ -105,6 +112,10 @@ class FaultyWire:
         self._let_pass = let_pass
         return done
 
+    async def until_accepted(self) -> None:
+        """Waits for the first connection."""
+        await asyncio.wait_for(self._has_accepted.wait(), 30)
+
     async def close(self) -> None:
         """Ends everything."""
         self.refuse()
@@ -116,6 +127,7 @@ class FaultyWire:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
+        self._has_accepted.set()
         link = _Link(client=writer)
         self._links.add(link)
         link.tasks.append(asyncio.create_task(self._carry(link, reader)))
@@ -194,3 +206,20 @@ def _socket(port: int) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     made.bind(("127.0.0.1", port))
     return made
+
+
+@asynccontextmanager
+async def health_changes(address: str) -> AsyncIterator[asyncio.Queue[int]]:
+    """Watches the health of a server; each answer comes into the queue."""
+    answers: asyncio.Queue[int] = asyncio.Queue()
+
+    async def watch() -> None:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        async for answer in stub.Watch(health_pb2.HealthCheckRequest()):
+            answers.put_nowait(answer.status)
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        watching = asyncio.create_task(watch())
+        yield answers
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import pytest
@@ -173,7 +173,7 @@ async def test_client_certificate_is_not_asked_for_without_authority(authority: 
 
 
 async def test_new_certificate_is_taken_up(authority: Authority) -> None:
-    """A certificate that is replaced is shown at the next connection, without a restart; those that are open live on."""
+    """A certificate that is replaced is shown at the next connection, without a restart; what is open lives on."""
     first, second = authority.issue(), authority.issue()
     authority.put(first)
     async with tls_server(authority.files) as port:
@@ -194,7 +194,7 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
 
-BAD_STATES: dict[str, Callable[[Authority], None]] = {
+BAD_STATES: Final[Mapping[str, Callable[[Authority], object]]] = {
     "certificate without its key": lambda authority: authority.files.certificate.write_bytes(chain(authority.issue())),
     "key without its certificate": lambda authority: authority.files.key.write_bytes(
         authority.issue().private_key_pem.bytes()
@@ -219,7 +219,7 @@ BAD_STATES: dict[str, Callable[[Authority], None]] = {
 
 
 @pytest.mark.parametrize("spoil", BAD_STATES.values(), ids=BAD_STATES)
-async def test_files_that_do_not_fit_change_nothing(authority: Authority, spoil: Callable[[Authority], None]) -> None:
+async def test_files_that_do_not_fit_change_nothing(authority: Authority, spoil: Callable[[Authority], object]) -> None:
     """While files are missing, half written or do not belong together, connections are served with what was there
     before, and the log says so, once; as soon as they fit again, they are taken up.
     """
@@ -268,7 +268,7 @@ async def test_client_that_speaks_no_tls_is_shut_out(authority: Authority) -> No
 
 
 @pytest.mark.parametrize("spoil", BAD_STATES.values(), ids=BAD_STATES)
-async def test_start_with_files_that_do_not_fit(authority: Authority, spoil: Callable[[Authority], None]) -> None:
+async def test_start_with_files_that_do_not_fit(authority: Authority, spoil: Callable[[Authority], object]) -> None:
     """At the start, files that can not be used are one line which names the settings and the file, and no key."""
     spoil(authority)
     await _assert_one_line(authority)

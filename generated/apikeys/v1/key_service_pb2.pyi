@@ -800,7 +800,9 @@ class ValidateRequest(_message.Message):
     or that of a header which a trusted proxy sets.
     """
     cost: _builtins.int
-    """What the request counts for in the rate limit, up to 1,000,000. Absent: 1. 0: the limit is looked at but not charged."""
+    """What the request counts for in the rate limit, up to 1,000,000. Absent: 1. 0: nothing is charged and the answer is
+    never RATE_LIMITED; rate_limit says where the key stands.
+    """
     min_revision: _builtins.int
     """Answer from a state that holds this change (Effect.revision) or a later one. 0: any."""
     @_builtins.property
@@ -886,7 +888,7 @@ class ValidateResponse(_message.Message):
     environment: _key_pb2.Environment.ValueType
     """Live or test."""
     revision: _builtins.int
-    """The newest change that the answer takes account of."""
+    """The newest change that the answer takes account of; 0 for what can not be a token, which is told without a look."""
     @_builtins.property
     def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """All that the key may do."""
@@ -905,7 +907,7 @@ class ValidateResponse(_message.Message):
 
     @_builtins.property
     def rate_limit(self) -> Global___RateLimit:
-        """Where the key stands with its limit. Absent: it has none."""
+        """Where the key stands with its limit. Absent: it has none, or the outcome was decided before the limit was looked at."""
 
     @_builtins.property
     def cache_ttl(self) -> _duration_pb2.Duration:

@@ -155,8 +155,8 @@ class KeyServiceServicer:
 
     def RotateKey(self, request, context):
         """Gives a key a new token, shown in this answer alone. The old token is refused at once, or at the end of a grace period
-        during which both work. A further rotation within the grace ends the oldest token at once. Needs `keys:write`, and every
-        permission that the key has.
+        during which both work. A further rotation within the grace ends the oldest token at once. The last root key can not be
+        rotated: a lost answer would leave none. Needs `keys:write`, and every permission that the key has.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

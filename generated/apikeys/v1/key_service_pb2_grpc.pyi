@@ -42,8 +42,8 @@ class KeyServiceStub:
     """Switches a key off or on. With `active` it can be repeated safely; without, it flips. Needs `keys:write`."""
     RotateKey: _aio.UnaryUnaryMultiCallable[_key_service_pb2.RotateKeyRequest, _key_service_pb2.RotateKeyResponse]
     """Gives a key a new token, shown in this answer alone. The old token is refused at once, or at the end of a grace period
-    during which both work. A further rotation within the grace ends the oldest token at once. Needs `keys:write`, and every
-    permission that the key has.
+    during which both work. A further rotation within the grace ends the oldest token at once. The last root key can not be
+    rotated: a lost answer would leave none. Needs `keys:write`, and every permission that the key has.
     """
     RevokeKey: _aio.UnaryUnaryMultiCallable[_key_service_pb2.RevokeKeyRequest, _key_service_pb2.RevokeKeyResponse]
     """Ends a key for good: there is no way back. Can be repeated safely. Needs `keys:write`."""
@@ -129,8 +129,8 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_key_service_pb2.RotateKeyRequest, _abc.Awaitable[_key_service_pb2.RotateKeyResponse]],
     ) -> _abc.Awaitable[_key_service_pb2.RotateKeyResponse]:
         """Gives a key a new token, shown in this answer alone. The old token is refused at once, or at the end of a grace period
-        during which both work. A further rotation within the grace ends the oldest token at once. Needs `keys:write`, and every
-        permission that the key has.
+        during which both work. A further rotation within the grace ends the oldest token at once. The last root key can not be
+        rotated: a lost answer would leave none. Needs `keys:write`, and every permission that the key has.
         """
 
     @_abc_1.abstractmethod

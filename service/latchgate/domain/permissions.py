@@ -24,9 +24,6 @@ def _covers(grant: Sequence[str], needed: Sequence[str]) -> bool:
             return True
         if segment not in (WILDCARD, needed[position]):
             return False
-        # A needed wildcard at the end may stand for more segments than the grant has left.
-        if needed[position] == WILDCARD and position == len(needed) - 1:
-            return False
     return len(grant) == len(needed)
 
 

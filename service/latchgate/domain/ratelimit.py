@@ -15,7 +15,8 @@ from collections.abc import Callable
 from latchgate.domain.model import RateState
 
 WINDOW_SLOTS = 61
-MAX_KEYS = 1_000_000
+# A key that is used all the time takes some 7 KB, one that is idle 1 KB.
+MAX_KEYS = 100_000
 
 
 class _Window:
@@ -64,15 +65,16 @@ class WindowLimiter:
         now = int(self._monotonic())
         window = self._windows.get(key_id)
         if window is None:
-            window = self._windows[key_id] = _Window()
-            if len(self._windows) > self._max_keys:
-                self._windows.popitem(last=False)
+            window = _Window()
         else:
             self._windows.move_to_end(key_id)
             window.forget(now)
         allowed = window.used + cost <= limit
         if allowed and cost:
             window.add(now, cost)
+            self._windows[key_id] = window
+            if len(self._windows) > self._max_keys:
+                self._windows.popitem(last=False)
         # A cost beyond the limit never fits: whoever comes back nonetheless is kept from doing so at once.
         reset_after_s = WINDOW_SLOTS if cost > limit else window.seconds_until(now, 0 if allowed else limit - cost)
         return RateState(

@@ -29,6 +29,7 @@ class ForeignLookupBudget:
         self._remembered = remembered
         self._known: OrderedDict[bytes, None] = OrderedDict()
         self._left = per_second
+        # How many lookups were refused for want of budget.
         self.refused = 0
         self._filled_s = monotonic()
 
@@ -131,7 +132,7 @@ class Validator:
 
 def _check(required_permissions: Sequence[str], cost: int, min_revision: int) -> None:
     if len(required_permissions) > MAX_REQUIRED_PERMISSIONS:
-        raise InvalidFieldError([("required_permissions", f"must be at most {MAX_REQUIRED_PERMISSIONS}")])
+        raise InvalidFieldError([("required_permissions", f"must hold at most {MAX_REQUIRED_PERMISSIONS} entries")])
     if not 0 <= cost <= MAX_COST:
         raise InvalidFieldError([("cost", f"must be from 0 to {MAX_COST}")])
     if min_revision < 0:

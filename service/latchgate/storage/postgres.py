@@ -24,6 +24,7 @@ ACQUIRE_TIMEOUT_S = 2.0
 MANAGEMENT_TIMEOUT_S = 6.0
 LOOKUP_TIMEOUT_S = 1.0
 ROLLBACK_TIMEOUT_S = 1.0
+CLOSE_TIMEOUT_S = 5.0
 LOOKUP_CONNECTIONS = 2
 
 # Whatever the address names: a standby answers from the past, and can not be written.
@@ -83,8 +84,7 @@ def translated() -> Iterator[None]:
     try:
         yield
     except ValueError:
-        # The driver's own DataError and ClientConfigurationError are such: a value that a column can not hold, an
-        # address that can not be read. Waiting does not mend them.
+        # The driver's ClientConfigurationError is one: an address that can not be read. Waiting does not mend it.
         raise
     except _AWAY as error:
         raise StorageUnavailableError(f"the database is not available ({type(error).__name__})") from None
@@ -141,7 +141,7 @@ class Database:
         """Closes all connections; those that do not close by themselves in time are cut."""
         for pool in (self.lookups, self.management):
             try:
-                await asyncio.wait_for(pool.close(), timeout=5.0)
+                await asyncio.wait_for(pool.close(), timeout=CLOSE_TIMEOUT_S)
             except (TimeoutError, *_AWAY):
                 pool.terminate()
 

@@ -1,0 +1,234 @@
+"""Last-used times: gathered in memory, written in batches, never lost to a database that is away for a while."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from latchgate.domain.errors import StorageUnavailableError, WriteUnknownError
+from latchgate.storage import usage as usage_module
+from latchgate.storage.postgres import Connection, Database
+from latchgate.storage.stores import PostgresStore
+from latchgate.storage.usage import UsageBuffer
+from support.databases import (
+    Fault,
+    assert_all_usable,
+    fault_proxy,
+    insert_key,
+    insert_organization,
+    opened,
+    started_and_waiting,
+)
+
+NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
+SECOND = timedelta(seconds=1)
+
+
+async def _secrets(store: PostgresStore, observer: Connection, count: int) -> list[int]:
+    """Makes keys, and gives the ids of their secrets."""
+    await insert_organization(store)
+    for _ in range(count):
+        await insert_key(store)
+    return [row["id"] for row in await observer.fetch("SELECT id FROM secret ORDER BY id")]
+
+
+async def _times(observer: Connection) -> list[datetime | None]:
+    return [row["used_time"] for row in await observer.fetch("SELECT used_time FROM last_used ORDER BY secret_id")]
+
+
+async def test_flush_writes_what_gathered(database: Database, store: PostgresStore, observer: Connection) -> None:
+    """A flush writes the latest time of each secret that was used, touches no other, and leaves nothing to write."""
+    first, second, _ = await _secrets(store, observer, 3)
+    usage = UsageBuffer(database)
+    usage.record(second, NOON)
+    usage.record(first, NOON)
+    usage.record(first, NOON + SECOND)
+    assert 2 == usage.pending
+
+    await usage.flush()
+
+    assert [NOON + SECOND, NOON, None] == await _times(observer)
+    assert 0 == usage.pending
+
+
+async def test_nothing_used_costs_no_statement(database: Database) -> None:
+    """A flush of nothing does not ask the database at all."""
+    await UsageBuffer(database).flush()
+
+    assert 0 == database.management.get_size()
+
+
+async def test_flush_is_split_into_batches(
+    database: Database, store: PostgresStore, observer: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than a batch is written in several transactions, all of it."""
+    monkeypatch.setattr(usage_module, "FLUSH_ROWS", 2)
+    usage = UsageBuffer(database)
+    for number, secret_id in enumerate(await _secrets(store, observer, 5)):
+        usage.record(secret_id, NOON + number * SECOND)
+
+    await usage.flush()
+
+    assert [NOON + number * SECOND for number in range(5)] == await _times(observer)
+    transactions = await observer.fetchval("SELECT count(DISTINCT xmin::text) FROM last_used")
+    assert 3 == transactions
+
+
+async def test_time_never_goes_back(database: Database, store: PostgresStore, observer: Connection) -> None:
+    """An earlier time changes nothing: not in memory, and not when another worker has written a later one."""
+    (secret_id,) = await _secrets(store, observer, 1)
+    usage, other = UsageBuffer(database), UsageBuffer(database)
+    usage.record(secret_id, NOON)
+    usage.record(secret_id, NOON - SECOND)
+    await usage.flush()
+    assert [NOON] == await _times(observer)
+
+    other.record(secret_id, NOON - SECOND)
+    await other.flush()
+    assert [NOON] == await _times(observer)
+
+
+async def test_secret_that_is_gone_is_passed_over(
+    database: Database, store: PostgresStore, observer: Connection
+) -> None:
+    """A time for a secret that is not there any more does not keep the others from being written."""
+    (secret_id,) = await _secrets(store, observer, 1)
+    usage = UsageBuffer(database)
+    usage.record(secret_id, NOON)
+    usage.record(secret_id + 1000, NOON)
+
+    await usage.flush()
+
+    assert [NOON] == await _times(observer)
+    assert 0 == usage.pending
+
+
+async def test_what_is_used_during_a_flush_is_written_by_the_next(
+    database: Database, store: PostgresStore, observer: Connection
+) -> None:
+    """Uses that come while a flush is under way wait for the next one."""
+    (secret_id,) = await _secrets(store, observer, 1)
+    usage = UsageBuffer(database)
+    usage.record(secret_id, NOON)
+    async with database.transaction() as holder:
+        await holder.execute("SELECT 1 FROM last_used FOR UPDATE")
+        flush = await started_and_waiting(observer, usage.flush())
+        usage.record(secret_id, NOON + SECOND)
+    await flush
+    assert ([NOON], 1) == (await _times(observer), usage.pending)
+
+    await usage.flush()
+    assert [NOON + SECOND] == await _times(observer)
+
+
+async def test_nothing_is_lost_while_the_database_is_away(database_url: str, observer: Connection) -> None:
+    """What can not be written is kept, later uses win over it, and all of it is written once the database is back."""
+    async with fault_proxy(database_url) as proxy, opened(proxy.url) as database:
+        first, second = await _secrets(PostgresStore(database), observer, 2)
+        usage = UsageBuffer(database)
+        usage.record(first, NOON)
+        usage.record(second, NOON)
+        proxy.refuse()
+        for _ in range(2):
+            with pytest.raises(StorageUnavailableError):
+                await usage.flush()
+        usage.record(second, NOON + SECOND)
+        assert 2 == usage.pending
+        proxy.accept()
+
+        await usage.flush()
+
+    assert [NOON, NOON + SECOND] == await _times(observer)
+
+
+async def test_nothing_is_lost_when_it_is_not_known_whether_it_was_written(
+    database_url: str, observer: Connection
+) -> None:
+    """Wherever the connection is lost during a flush, with whatever error, the times are kept, and the next flush
+    brings them home.
+    """
+    async with fault_proxy(database_url) as proxy, opened(proxy.url) as database:
+        (secret_id,) = await _secrets(PostgresStore(database), observer, 1)
+        usage = UsageBuffer(database)
+        errors = set()
+        struck, number = True, 0
+        while struck:
+            number += 1
+            async with database.transaction() as connection:
+                await connection.execute("UPDATE last_used SET used_time = NULL")
+            proxy.strike(number, Fault.LOSE_REQUEST)
+            usage.record(secret_id, NOON)
+            try:
+                await usage.flush()
+            except (StorageUnavailableError, WriteUnknownError) as error:
+                errors.add(type(error))
+            struck = proxy.struck.is_set()
+            proxy.spare()
+            await usage.flush()
+            assert [NOON] == await _times(observer)
+
+    assert {StorageUnavailableError, WriteUnknownError} == errors
+
+
+async def test_flush_that_is_cancelled_keeps_what_it_took(
+    database: Database, store: PostgresStore, observer: Connection
+) -> None:
+    """A service that stops in the middle of a flush has the times still, for its last one."""
+    (secret_id,) = await _secrets(store, observer, 1)
+    usage = UsageBuffer(database)
+    usage.record(secret_id, NOON)
+    async with database.transaction() as holder:
+        await holder.execute("SELECT 1 FROM last_used FOR UPDATE")
+        flush = await started_and_waiting(observer, usage.flush())
+        flush.cancel()
+        await asyncio.wait({flush})
+    assert flush.cancelled()
+    assert 1 == usage.pending
+
+    await usage.flush()
+    assert [NOON] == await _times(observer)
+    await assert_all_usable(database, observer)
+
+
+async def test_flushes_at_the_same_time_do_not_wait_for_each_other_in_a_circle(
+    database_url: str, observer: Connection
+) -> None:
+    """Several workers that flush the same secrets at once, noted in opposite orders, all come through, and the latest
+    time stands.
+    """
+    async with opened(database_url, pool_size=6) as database:
+        secret_ids = await _secrets(PostgresStore(database), observer, 30)
+        workers = [UsageBuffer(database) for _ in range(6)]
+        for turn in range(4):
+            for number, usage in enumerate(workers):
+                for secret_id in secret_ids if number % 2 else reversed(secret_ids):
+                    usage.record(secret_id, NOON + (10 * turn + number) * SECOND)
+            await asyncio.gather(*(usage.flush() for usage in workers))
+
+    assert {NOON + 35 * SECOND} == set(await _times(observer))
+
+
+async def test_flush_does_not_wait_for_the_disk(database: Database, store: PostgresStore, observer: Connection) -> None:
+    """A flush does not have the server wait for its disk, and a later transaction on the connection does again."""
+    (secret_id,) = await _secrets(store, observer, 1)
+    await observer.execute("CREATE TABLE setting AS SELECT current_setting('synchronous_commit') AS value LIMIT 0")
+    await observer.execute(
+        """
+        CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN INSERT INTO setting VALUES (current_setting('synchronous_commit')); RETURN NEW; END $$
+        """
+    )
+    await observer.execute("CREATE TRIGGER note AFTER UPDATE ON last_used FOR EACH ROW EXECUTE FUNCTION note()")
+    await observer.execute(
+        "ALTER DATABASE " + await observer.fetchval("SELECT current_database()") + " SET synchronous_commit = 'local'"
+    )
+    usage = UsageBuffer(database)
+    await database.management.expire_connections()
+    usage.record(secret_id, NOON)
+    await usage.flush()
+
+    assert ["off"] == [row["value"] for row in await observer.fetch("SELECT value FROM setting")]
+    async with database.connection() as connection:
+        assert "local" == await connection.fetchval("SHOW synchronous_commit")

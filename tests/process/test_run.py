@@ -1,0 +1,264 @@
+"""`latchgate run`: what a newcomer sees, copies and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from apikeys.v1 import organization_service_pb2 as organizations_pb
+from latchgate import demo
+from latchgate.config import Settings
+from support.databases import connected
+from support.processes import (
+    Latchgate,
+    environment,
+    is_running,
+    latchgate,
+    postmaster,
+    run_latchgate,
+    until_gone,
+)
+from support.service import ROOT_TOKEN, RunningService, make_settings
+
+RUN = {"LISTEN": "127.0.0.1:0", "METRICS_LISTEN": "127.0.0.1:0"}
+LIFE = [
+    ("CreateKey", "VALID"),
+    ("ToggleKey   off", "INACTIVE"),
+    ("ToggleKey   on", "VALID"),
+    ("RotateKey", "VALID"),
+    ("and the old one", "REVOKED"),
+    ("RevokeKey", "REVOKED"),
+]
+END = "Press Ctrl-C to stop."
+
+
+def assert_life(lines: list[str]) -> None:
+    """Demands that a key's life was shown, step by step, with what Validate said after each."""
+    start = next(number for number, line in enumerate(lines) if line.startswith("A key of organization demo"))
+    for (step, outcome), line in zip(LIFE, lines[start + 1 :], strict=False):
+        assert line.strip().startswith(step), lines
+        assert re.search(rf"   {outcome} +[0-9.]+ ms$", line), lines
+    assert "" == lines[start + 1 + len(LIFE)]
+
+
+def printed_command(lines: list[str], first: str, last: str) -> str:
+    """Gives what stands between two lines, as it stands."""
+    start = next(number for number, line in enumerate(lines) if line.startswith(first))
+    end = next(number for number, line in enumerate(lines) if number > start and line.startswith(last))
+    return "\n".join(lines[start + 1 : end])
+
+
+async def execute(command: str, folder: Path, **variables: str) -> dict[str, object]:
+    """Has a shell execute a command, and gives the JSON that it prints."""
+    shell = shutil.which("bash")
+    assert shell is not None
+    process = await asyncio.create_subprocess_exec(
+        shell,
+        "-c",
+        command,
+        cwd=folder,
+        env=os.environ | variables,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    assert (0, b"") == (process.returncode, err), command
+    answer: dict[str, object] = json.loads(out)
+    return answer
+
+
+async def create_as_printed(process: Latchgate, folder: Path, **variables: str) -> str:
+    """Creates a key by the line that was printed for it, and gives its token."""
+    command = printed_command(process.out, "Try it from another terminal", "Then ask")
+    token = (await execute(command, folder, **variables))["token"]
+    assert isinstance(token, str)
+    return token
+
+
+async def outcome_as_printed(process: Latchgate, folder: Path, token: str) -> object:
+    """Asks about a token by the line that was printed for it."""
+    command = printed_command(process.out, "Then ask", END)
+    return (await execute(command.replace("lk_...", token), folder))["outcome"]
+
+
+async def test_first_steps(tmp_path: Path) -> None:
+    """In an empty folder `run` makes a database and shows a key's life; its lines work as printed; Ctrl-C ends it all.
+
+    The next run finds what was there before, and a second one beside it is told that the data is in use.
+    """
+    # A folder with a space: what is printed must bear it.
+    folder = tmp_path / "first steps"
+    folder.mkdir()
+    data = folder / ".latchgate"
+    async with latchgate("run", folder, environment(**RUN)) as process:
+        await process.line(re.escape(END))
+        assert process.out[0].startswith("Making a PostgreSQL in .latchgate")
+        assert "Data: PostgreSQL in .latchgate, new." in process.out
+        assert_life(process.out)
+        assert 0o600 == stat.S_IMODE((data / "root-token").stat().st_mode)
+        token = await create_as_printed(process, folder)
+        assert "OUTCOME_VALID" == await outcome_as_printed(process, folder, token)
+
+        status, out, err = await run_latchgate("run", folder, environment(**RUN))
+        assert (1, [], 1) == (status, out, len(err))
+        assert "another latchgate is running on .latchgate" in err[0]
+        assert "OUTCOME_VALID" == await outcome_as_printed(process, folder, token)
+
+        database = postmaster(data)
+        process.tell_group(signal.SIGINT)
+        assert 0 == await process.ended()
+        assert not is_running(database)
+        assert "Stopping ..." == process.out[-1]
+        assert [] == process.err
+        assert not re.search("lk_[0-9A-Za-z]{40}", process.text)
+
+    async with latchgate("run", folder, environment(**RUN)) as process:
+        await process.line(re.escape(END))
+        assert "Data: PostgreSQL in .latchgate, with all that was there before." in process.out
+        assert_life(process.out)
+        assert "OUTCOME_VALID" == await outcome_as_printed(process, folder, token)
+        process.tell(signal.SIGTERM)
+        assert 0 == await process.ended()
+        assert [] == process.err
+
+
+async def test_with_database_and_root_token(empty_database_url: str, tmp_path: Path) -> None:
+    """With a database and a root token of one's own `run` starts no PostgreSQL, and prints a line that takes the token.
+
+    What it prints leaves out the database's address.
+    """
+    token = "a-root-token-of-one's-own-$HOME-0123456789"
+    variables = environment(**RUN, DATABASE_URL=empty_database_url, ROOT_TOKEN=token)
+    async with latchgate("run", tmp_path, variables) as process:
+        await process.line(re.escape(END))
+        assert "Data: the database of LATCHGATE_DATABASE_URL, new." in process.out
+        assert_life(process.out)
+        made = await create_as_printed(process, tmp_path, LATCHGATE_ROOT_TOKEN=token)
+        assert "OUTCOME_VALID" == await outcome_as_printed(process, tmp_path, made)
+        process.tell(signal.SIGINT)
+        assert 0 == await process.ended()
+        assert [] == process.err
+        assert empty_database_url not in process.text
+        assert token not in process.text
+    assert not (tmp_path / ".latchgate").exists()
+
+
+async def test_interrupted_first_start(tmp_path: Path) -> None:
+    """Ctrl-C while the database is being made ends all of it without complaint, and the next start makes it anew."""
+    data = tmp_path / ".latchgate"
+    async with latchgate("run", tmp_path, environment(**RUN)) as process:
+        await process.line("Making a PostgreSQL")
+        await process.until_exists(data / "postgres")
+        process.tell_group(signal.SIGINT)
+        assert 0 == await process.ended()
+        assert [] == process.err
+    assert not (data / "postgres" / "postmaster.pid").exists()
+    status, out, err = await run_latchgate("migrate", tmp_path, environment(**RUN))
+    assert (0, []) == (status, err)
+    assert out[0].startswith("schema ")
+
+
+async def test_killed_and_started_again(data_dir: Path, tmp_path: Path) -> None:
+    """After the process is killed the next one takes over its PostgreSQL and its data, and stops it in the end."""
+    variables = environment(**RUN, DATA_DIR=data_dir)
+    async with latchgate("run", tmp_path, variables) as process:
+        await process.line(re.escape(END))
+        token = await create_as_printed(process, tmp_path)
+        database = postmaster(data_dir)
+        process.tell(signal.SIGKILL)
+        assert -signal.SIGKILL == await process.ended()
+    assert is_running(database)
+    async with latchgate("run", tmp_path, variables) as process:
+        await process.line(re.escape(END))
+        assert database == postmaster(data_dir)
+        assert "OUTCOME_VALID" == await outcome_as_printed(process, tmp_path, token)
+        process.tell(signal.SIGTERM)
+        assert 0 == await process.ended()
+    assert not is_running(database)
+
+
+async def test_second_signal_ends_database(data_dir: Path, tmp_path: Path) -> None:
+    """Who can not wait and presses Ctrl-C twice leaves no PostgreSQL behind either."""
+    async with latchgate("run", tmp_path, environment(**RUN, DATA_DIR=data_dir)) as process:
+        await process.line(re.escape(END))
+        database = postmaster(data_dir)
+        process.tell(signal.SIGINT)
+        await process.line("Stopping")
+        process.tell(signal.SIGINT)
+        # Unless it was done before the second signal reached it.
+        assert await process.ended() in {0, 1}
+    await until_gone(database)
+
+
+async def show_life(service: RunningService, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
+    """Has a key's life shown, and gives the lines, and the complaint if there is one."""
+    await demo.show(make_settings(service.database_url), service.running, is_new=False)
+    captured = capsys.readouterr()
+    return captured.out.splitlines(), captured.err
+
+
+async def limit_keys(service: RunningService, count: int) -> None:
+    """Sets how many keys an organization of the plan `default` may have."""
+    plan = organizations_pb.Plan(id="default", max_keys=count)
+    request = organizations_pb.UpdatePlanRequest(plan=plan)
+    request.update_mask.paths.append("max_keys")
+    await service.organizations.UpdatePlan(request, metadata=service.root)
+
+
+async def test_life_leaves_no_key(service: RunningService, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key's life can be shown for ever: it takes no place of the plan's for good, also when it breaks off."""
+    await limit_keys(service, 1)
+    for _ in range(2):
+        lines, complaint = await show_life(service, capsys)
+        assert_life(lines)
+        assert "" == complaint
+    async with connected(service.database_url) as connection:
+        # The second step of the next one fails.
+        await connection.execute("ALTER TABLE change_log RENAME TO change_log_away")
+        lines, complaint = await show_life(service, capsys)
+        assert "can not be shown" in complaint
+        await connection.execute("ALTER TABLE change_log_away RENAME TO change_log")
+    assert END == lines[-1]
+
+
+async def test_no_place_for_a_key(service: RunningService, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the organization has all keys that it may have, `run` says so, says what to do, and serves."""
+    await show_life(service, capsys)
+    await limit_keys(service, 1)
+    created = await service.create_key(demo.ORGANIZATION)
+    lines, complaint = await show_life(service, capsys)
+    assert "can not be shown" in complaint
+    assert "revoke keys" in complaint
+    assert END == lines[-1]
+    assert "VALID" == await service.outcome(created.token)
+
+
+async def test_behind_tls(service: RunningService, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Where the port speaks TLS, `run` says why no key's life is shown."""
+    tls = {"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}
+    settings: Settings = make_settings(service.database_url, **tls)
+    await demo.show(settings, service.running, is_new=True)
+    captured = capsys.readouterr()
+    assert "TLS" in captured.out
+    assert "" == captured.err
+    assert ROOT_TOKEN not in captured.out
+
+
+@pytest.mark.parametrize("is_on_path", [False, True])
+def test_shortest_way_to_grpcurl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_on_path: bool) -> None:
+    """The printed line names grpcurl as this shell finds it, else beside this Python, from any folder."""
+    folder = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", str(folder) if is_on_path else str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert ("grpcurl" if is_on_path else str(folder / "grpcurl")) == demo.grpcurl()
+    monkeypatch.chdir(folder)
+    assert "grpcurl" == demo.grpcurl() or not is_on_path
