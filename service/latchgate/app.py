@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -191,6 +192,12 @@ async def database_address(stack: AsyncExitStack, settings: Settings) -> str:
 
 
 def _make_data_dir(path: Path) -> None:
+    # The program that starts the embedded PostgreSQL hands its folder to a shell as it is.
+    if not re.fullmatch(r"[\w/.,:@%+=-]+", str(path.resolve())):
+        raise SettingsError(
+            f"LATCHGATE_DATA_DIR: {path}: the embedded PostgreSQL needs a folder whose whole path has no spaces and "
+            "signs that mean something to a shell; name another, or set LATCHGATE_DATABASE_URL"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -186,10 +186,12 @@ def _print_hint(found: Settings, address: str) -> None:
 
 
 def grpcurl() -> str | None:
-    """Gives the shortest way to call grpcurl in this folder, or None if it is not installed."""
-    if shutil.which("grpcurl"):
-        return "grpcurl"
+    """Gives the way to call grpcurl from another terminal in this folder, or None if it is not installed."""
     beside = Path(sys.executable).parent / "grpcurl"
+    found = shutil.which("grpcurl")
+    # One that is found because this environment is active may not be found where it is not.
+    if found is not None and Path(found) != beside:
+        return "grpcurl"
     if not beside.exists():
         return None
     relative = os.path.relpath(beside)

@@ -158,7 +158,7 @@ async def test_root_token_that_was_ended_is_not_revived(database: Database, obse
     so, and makes no other.
     """
     await _ensure(database, ROOT_TOKEN)
-    await observer.execute(f"UPDATE key SET {change} WHERE organization_id = 'org_root'")
+    await observer.execute("UPDATE key SET " + change + " WHERE organization_id = 'org_root'")
 
     assert RootKey(key_id=None, token=None, is_refused=True) == await _ensure(database, ROOT_TOKEN)
     assert 1 == await _root_keys(observer)

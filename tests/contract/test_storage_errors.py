@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit, urlunsplit
+
 import asyncpg
 import pytest
 
@@ -126,6 +128,15 @@ async def test_database_that_is_missing_is_unavailable(database_url: str) -> Non
     async with opened(database_url.replace("/test_", "/missing_")) as database:
         with pytest.raises(StorageUnavailableError, match="InvalidCatalogNameError"):
             await _ask(database)
+
+
+async def test_server_that_takes_no_session_is_unavailable(postgres_url: str) -> None:
+    """Whatever a server has against a new session is StorageUnavailableError."""
+    address = urlunsplit(urlsplit(postgres_url)._replace(path="/template0"))
+    async with opened(address) as database:
+        for ask in (_ask(database), _ask_in_transaction(database), find_many(database)([b"a" * 32])):
+            with pytest.raises(StorageUnavailableError):
+                await ask
 
 
 async def test_timeouts_of_the_server_are_unavailable(database: Database, observer: Connection) -> None:

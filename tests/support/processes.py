@@ -71,15 +71,6 @@ class Latchgate:
         """Waits until the service says that it serves, and gives its address. Needs logs of level info."""
         return str((await self.event("serving"))["listen"])
 
-    async def until_exists(self, path: Path) -> None:
-        """Waits until the process has made a file or folder."""
-
-        async def exists() -> bool:
-            assert not self.has_ended, self.text
-            return path.exists()
-
-        await until(exists)
-
     def tell(self, number: signal.Signals) -> None:
         """Sends a signal to the process alone."""
         self._process.send_signal(number)

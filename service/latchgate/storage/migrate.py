@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.storage import queries
-from latchgate.storage.postgres import CONNECT_TIMEOUT_S, SESSION_KIND, Connection, translated
+from latchgate.storage.postgres import CONNECT_TIMEOUT_S, SESSION_KIND, Connection, translated, unavailable
 
 OLDEST_SERVER = 14
 LOCK_WAIT_S = 30.0
@@ -75,6 +75,8 @@ async def _connect(dsn: str, lock_wait_s: float) -> Connection:
         connection = await asyncpg.connect(
             dsn, timeout=CONNECT_TIMEOUT_S, target_session_attrs=SESSION_KIND, server_settings=_SERVER_SETTINGS
         )
+    except asyncpg.PostgresError as error:
+        raise unavailable(error) from None
     except asyncpg.ClientConfigurationError as error:
         raise SchemaError(f"LATCHGATE_DATABASE_URL: {str(error).splitlines()[0]}") from None
     except (ValueError, OverflowError):
@@ -117,7 +119,7 @@ def _unwrapped() -> Iterator[None]:
     except DBAPIError as error:
         cause = error.orig.__cause__ if error.orig else None
         if cause is None:
-            raise StorageUnavailableError(f"the database is not available ({type(error).__name__})") from None
+            raise unavailable(error) from None
         raise cause from None
 
 

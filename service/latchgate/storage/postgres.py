@@ -87,7 +87,12 @@ def translated() -> Iterator[None]:
         # The driver's ClientConfigurationError is one: an address that can not be read. Waiting does not mend it.
         raise
     except _AWAY as error:
-        raise StorageUnavailableError(f"the database is not available ({type(error).__name__})") from None
+        raise unavailable(error) from None
+
+
+def unavailable(error: Exception) -> StorageUnavailableError:
+    """Makes the domain's error of the driver's."""
+    return StorageUnavailableError(f"the database is not available ({type(error).__name__})")
 
 
 async def _prepare_connection(connection: Connection) -> None:
@@ -176,7 +181,11 @@ class Database:
 async def lent(pool: Pool) -> AsyncIterator[Connection]:
     """Lends a connection, and takes it back clean or cuts it, which is no failure of what was done with it."""
     with translated():
-        connection = await pool.acquire(timeout=ACQUIRE_TIMEOUT_S)
+        try:
+            connection = await pool.acquire(timeout=ACQUIRE_TIMEOUT_S)
+        except asyncpg.PostgresError as error:
+            # Whatever a server has against a new session, nothing can be done without one.
+            raise unavailable(error) from None
         try:
             yield connection
         except TimeoutError:

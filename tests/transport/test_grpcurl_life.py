@@ -1,0 +1,106 @@
+"""A newcomer with stock grpcurl, and nothing else, takes a key through its whole life."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from support.service import RunningService
+from support.transport import grpcurl
+
+
+class Terminal:
+    """Types grpcurl lines, as root."""
+
+    def __init__(self, service: RunningService) -> None:
+        self._service = service
+
+    async def ask(self, method: str, **request: Any) -> Any:
+        """Makes a call that must succeed, and gives its answer."""
+        finished = await self._call(method, request)
+        assert "" == finished.err
+        return json.loads(finished.out)
+
+    async def fail(self, method: str, **request: Any) -> str:
+        """Makes a call that must be refused, and gives what grpcurl prints of it."""
+        finished = await self._call(method, request)
+        assert finished.status != 0
+        return str(finished.err)
+
+    async def outcome(self, token: str, **fields: Any) -> str:
+        """Asks Validate."""
+        answer = await self.ask("KeyService/Validate", token=token, **fields)
+        return str(answer["outcome"]).removeprefix("OUTCOME_")
+
+    async def _call(self, method: str, request: dict[str, Any]) -> Any:
+        header = f"authorization: {self._service.root[0][1]}"
+        return await grpcurl("-H", header, "-d", json.dumps(request), self._service.address, f"apikeys.v1.{method}")
+
+
+@pytest.fixture
+def terminal(service: RunningService) -> Terminal:
+    """A terminal beside a running service."""
+    return Terminal(service)
+
+
+async def test_whole_life(terminal: Terminal) -> None:
+    """Create, validate, list, toggle, rotate with grace, revoke: each does what it says, seen through Validate."""
+    organization = await terminal.ask("OrganizationService/CreateOrganization", organization_id="acme", name="Acme")
+    assert organization["organization"]["active"]
+    created = await terminal.ask("KeyService/CreateKey", organization_id="acme", name="ci", permissions=["read"])
+    key_id, first = created["key"]["id"], created["token"]
+    assert "VALID" == await terminal.outcome(first, required_permissions=["read"])
+    assert "PERMISSION_DENIED" == await terminal.outcome(first, required_permissions=["write"])
+
+    listed = await terminal.ask("KeyService/ListKeys", organization_id="acme")
+    assert [key_id] == [key["id"] for key in listed["keys"]]
+
+    await terminal.ask("KeyService/ToggleKey", key_id=key_id, active=False)
+    assert "INACTIVE" == await terminal.outcome(first)
+    await terminal.ask("KeyService/ToggleKey", key_id=key_id)
+    assert "VALID" == await terminal.outcome(first)
+
+    second = (await terminal.ask("KeyService/RotateKey", key_id=key_id, grace_period="3600s"))["token"]
+    assert ["VALID", "VALID"] == [await terminal.outcome(first), await terminal.outcome(second)]
+    third = (await terminal.ask("KeyService/RotateKey", key_id=key_id))["token"]
+    outcomes = [await terminal.outcome(token) for token in (first, second, third)]
+    assert ["REVOKED", "REVOKED", "VALID"] == outcomes
+
+    revoked = await terminal.ask("KeyService/RevokeKey", key_id=key_id, reason="left the company")
+    assert "EFFECT_STATE_EFFECTIVE" == revoked["effect"]["state"]
+    assert "REVOKED" == await terminal.outcome(third)
+
+
+async def test_mistakes_are_told_clearly(terminal: Terminal) -> None:
+    """Each mistake of a newcomer is answered with a reason for programs and a sentence that says what to do."""
+    await terminal.ask("OrganizationService/CreateOrganization", organization_id="acme", name="Acme")
+    key_id = (await terminal.ask("KeyService/CreateKey", organization_id="acme", name="ci"))["key"]["id"]
+    await terminal.ask("KeyService/RevokeKey", key_id=key_id)
+    mistakes: list[tuple[str, dict[str, Any], str, str]] = [
+        ("KeyService/CreateKey", {"name": "x"}, "INVALID_FIELD", "organization_id: must be named"),
+        ("KeyService/CreateKey", {"organization_id": "acme"}, "INVALID_FIELD", "name: must be at least 1"),
+        ("KeyService/CreateKey", {"organization_id": "nobody", "name": "x"}, "ORGANIZATION_NOT_FOUND", "nobody"),
+        (
+            "KeyService/CreateKey",
+            {"organization_id": "acme", "name": "x", "permissions": ["fly"]},
+            "SCOPE_UNKNOWN",
+            "see ListScopes",
+        ),
+        (
+            "KeyService/CreateKey",
+            {"organization_id": "acme", "name": "x", "allowed_cidrs": ["10.0.0.1/8"]},
+            "INVALID_FIELD",
+            "did you mean 10.0.0.0/8?",
+        ),
+        ("KeyService/GetKey", {"key_id": "nonsense"}, "INVALID_FIELD", "must be the id of a key"),
+        ("KeyService/ToggleKey", {"key_id": key_id}, "KEY_REVOKED", "create another"),
+        ("KeyService/RotateKey", {"key_id": key_id}, "KEY_REVOKED", "create another"),
+        ("OrganizationService/CreateOrganization", {"organization_id": "acme", "name": "x"}, "ORGANIZATION_EXISTS", ""),
+    ]
+
+    for method, request, reason, advice in mistakes:
+        told = await terminal.fail(method, **request)
+        assert f'"reason":"{reason}"' in told.replace(" ", ""), method
+        assert advice in told
