@@ -10,7 +10,7 @@ from collections.abc import MutableMapping
 from typing import Any, TextIO, cast
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.registry import Collector
 
 from latchgate.domain.model import Outcome
@@ -99,6 +99,8 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         """Registers the metrics."""
         self.registry = registry
+        # Memory, processor time and open files, which a registry of one's own is without.
+        ProcessCollector(registry=registry)
         self._calls = Counter(
             "latchgate_calls", "Calls by method and gRPC status.", ["method", "code"], registry=registry
         )

@@ -81,7 +81,7 @@ class Load:
             core_share = (core_busy_s(self._core) - busy_s) / (time.monotonic() - began_s)
         if any(process.returncode for process in running):
             raise BenchError(f"h2load failed: {outputs[0].strip().splitlines()[-1:]}")
-        return _evaluated(outputs, [_log_of(path).read_text() for path in self._paths], core_share)
+        return evaluated(outputs, [_log_of(path).read_text() for path in self._paths], core_share=core_share)
 
     @asynccontextmanager
     async def _running(self, url: str, body: Path, seconds: float) -> AsyncIterator[asyncio.subprocess.Process]:
@@ -135,7 +135,8 @@ def _log_of(body: Path) -> Path:
     return body.with_suffix(".log")
 
 
-def _evaluated(outputs: Sequence[str], logs: Sequence[str], core_share: float) -> Burst:
+def evaluated(outputs: Sequence[str], logs: Sequence[str], *, core_share: float) -> Burst:
+    """Reads what h2load has printed and logged, process by process. Raises BenchError if that gives no figures."""
     counts = [match for output in outputs if (match := _REQUESTS.search(output))]
     data = [match for output in outputs if (match := _DATA.search(output))]
     if len(counts) != len(outputs) or len(data) != len(outputs):

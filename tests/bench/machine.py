@@ -28,9 +28,9 @@ class Layout:
     database: tuple[int, ...]
 
     @classmethod
-    def choose(cls) -> Layout:
-        """Shares out the cores that this process may use. Raises BenchError if there is only one."""
-        cores = sorted(os.sched_getaffinity(0))
+    def share_out(cls, available: Iterable[int]) -> Layout:
+        """Shares out cores. Raises BenchError if there is only one."""
+        cores = sorted(available)
         if len(cores) == 1:
             raise BenchError(
                 "there is only one core: the load would take its time from the server that it measures; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import statistics
 import tempfile
@@ -18,7 +17,6 @@ from bench.load import Burst, Load
 from bench.machine import BenchError, Layout, process_cpu_s
 from bench.servers import Service, Target
 
-SETTLE_DEADLINE_S = 15.0
 FRAME_BYTES = 5
 # Times in an answer are written with as many bytes as they need, so answers differ by some bytes.
 SIZE_TOLERANCE_BYTES = 8
@@ -93,24 +91,28 @@ async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
     """Makes databases and servers, measures, and ends all that it has started. Raises BenchError."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latchgate-bench-")))
-        rng = random.Random(plan.seed)  # noqa: S311 - which keys are asked for is no secret
-        load = Load(core=layout.load, processes=plan.processes, folder=folder, rng=rng)
         cluster = await stack.enter_async_context(database.cluster(layout.database))
-        services = []
+        databases = []
         for keys in plan.keys:
             started_s = time.monotonic()
-            seeded = await stack.enter_async_context(cluster.seeded(keys))
-            say(f"seeded {keys:,} keys in {time.monotonic() - started_s:.0f} s")
-            services.append(await stack.enter_async_context(servers.service(seeded, layout.server, folder)))
-        yardstick = await stack.enter_async_context(servers.noop(services[-1].answer, layout.server, folder))
-        turns = await _Comparison(plan, layout, load, cluster, yardstick, say).run(services)
+            databases.append(await stack.enter_async_context(cluster.seeded(keys)))
+            say(f"seeded {keys:,} {'key' if keys == 1 else 'keys'} in {time.monotonic() - started_s:.0f} s")
+        rng = random.Random(plan.seed)  # noqa: S311 - which keys are asked for is no secret
+        load = Load(core=layout.load, processes=plan.processes, folder=folder, rng=rng)
+        async with AsyncExitStack() as running:
+            services = [
+                await running.enter_async_context(servers.service(each, layout.server, folder)) for each in databases
+            ]
+            yardstick = await running.enter_async_context(servers.noop(services[-1].answer, layout.server, folder))
+            turns = await _Comparison(plan, load, cluster, yardstick, say).run(services)
         return Results(
             turns=turns,
             request_bytes=len(services[-1].bodies[0]) - FRAME_BYTES,
             answer_bytes=yardstick.answer.ByteSize(),
-            database_bytes={each.seeded.keys: each.seeded.size_bytes for each in services},
-            distinct_keys={each.seeded.keys: await _distinct_keys(each) for each in services},
-            tokens={each.seeded.keys: len(each.seeded.tokens) for each in services},
+            database_bytes={each.keys: each.size_bytes for each in databases},
+            # A service that stops writes the last uses that it still holds.
+            distinct_keys={each.keys: await database.distinct_keys_used(each.url) for each in databases},
+            tokens={each.keys: len(each.tokens) for each in databases},
             postgres_version=await cluster.version(),
             shared_buffers=await cluster.setting("shared_buffers"),
             is_embedded=cluster.is_embedded,
@@ -120,9 +122,8 @@ async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
 class _Comparison:
     """Alternates between the no-op and the services: no-op, service, no-op, service ... no-op."""
 
-    def __init__(self, plan: Plan, layout: Layout, load: Load, cluster: Cluster, yardstick: Target, say: Say) -> None:
+    def __init__(self, plan: Plan, load: Load, cluster: Cluster, yardstick: Target, say: Say) -> None:
         self._plan = plan
-        self._layout = layout
         self._load = load
         self._cluster = cluster
         self._yardstick = yardstick
@@ -153,7 +154,7 @@ class _Comparison:
 
     async def _noop(self, bodies: Sequence[bytes]) -> Turn:
         turn = await self._turn(self._yardstick, bodies)
-        _check_sizes(turn.burst, self._yardstick)
+        check_sizes(turn.burst, self._yardstick)
         return turn
 
     async def _service(self, service: Service, number: int, before: Turn) -> tuple[ServiceTurn, Turn]:
@@ -161,8 +162,8 @@ class _Comparison:
         turn = await self._turn(service, service.bodies)
         postgres_after_s = await self._cluster.cpu_s()
         grown = (await service.figures()).since(figures)
-        _check_sizes(turn.burst, service)
-        _check_outcomes(turn.burst, grown.outcomes)
+        check_sizes(turn.burst, service)
+        check_outcomes(turn.burst, grown.outcomes)
         after = await self._noop(service.bodies)
         valid = grown.outcomes["VALID"]
         postgres_cpu_us = None
@@ -186,7 +187,7 @@ class _Comparison:
         return Turn(burst=burst, server_cpu_us=(process_cpu_s(target.pid) - cpu_s) * 1e6 / burst.succeeded)
 
 
-def _check_sizes(burst: Burst, target: Target) -> None:
+def check_sizes(burst: Burst, target: Target) -> None:
     """Demands that every answer was one, and as long as it must be: an error has no body."""
     if burst.failed or burst.succeeded < 1:
         raise BenchError(f"{burst.failed} calls failed, {burst.succeeded} did not")
@@ -198,7 +199,7 @@ def _check_sizes(burst: Burst, target: Target) -> None:
         )
 
 
-def _check_outcomes(burst: Burst, outcomes: Mapping[str, float]) -> None:
+def check_outcomes(burst: Burst, outcomes: Mapping[str, float]) -> None:
     """Demands that the service counted as many VALID answers as h2load saw, and no others.
 
     What was under way when the time was up may have been answered or not.
@@ -208,13 +209,3 @@ def _check_outcomes(burst: Burst, outcomes: Mapping[str, float]) -> None:
         raise BenchError(
             f"h2load saw {burst.succeeded} answers to {burst.started} calls, but the service counted {dict(outcomes)}"
         )
-
-
-async def _distinct_keys(service: Service) -> int:
-    """Gives how many keys were asked for, by the last uses that the service has stored."""
-    async with asyncio.timeout(SETTLE_DEADLINE_S):
-        while True:
-            if not (await service.figures()).last_used_pending:
-                break
-            await asyncio.sleep(0.2)
-    return await database.distinct_keys_used(service.seeded.url)

@@ -29,7 +29,7 @@ def main() -> int:
     arguments = _arguments()
     try:
         h2load_path()
-        layout = Layout.choose()
+        layout = Layout.share_out(os.sched_getaffinity(0))
     except BenchError as error:
         return _complain(error, 3)
     # h2load and what feeds it stay on one core; everything that is started inherits it, unless it is given another.

@@ -88,7 +88,6 @@ class Figures:
     outcomes: Mapping[str, float]
     statements: float
     digests: float
-    last_used_pending: float
 
     @classmethod
     def parse(cls, text: str) -> Figures:
@@ -103,7 +102,6 @@ class Figures:
             },
             statements=plain["latchgate_lookup_batch_size_count"],
             digests=plain["latchgate_lookup_batch_size_sum"],
-            last_used_pending=plain["latchgate_last_used_pending"],
         )
 
     def since(self, before: Figures) -> Figures:
@@ -113,7 +111,6 @@ class Figures:
             outcomes={name: count for name, count in growth.items() if count},
             statements=self.statements - before.statements,
             digests=self.digests - before.digests,
-            last_used_pending=self.last_used_pending,
         )
 
 

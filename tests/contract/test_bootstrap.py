@@ -157,8 +157,8 @@ async def test_root_token_that_was_ended_is_not_revived(database: Database, obse
     """A restart with the token of a root key that was revoked, deleted, switched off or has expired leaves it so, says
     so, and makes no other.
     """
-    await _ensure(database, ROOT_TOKEN)
-    await observer.execute("UPDATE key SET " + change + " WHERE organization_id = 'org_root'")
+    made = await _ensure(database, ROOT_TOKEN)
+    await observer.execute(f"UPDATE key SET {change} WHERE id = $1", made.key_id)  # noqa: S608 - one of the above
 
     assert RootKey(key_id=None, token=None, is_refused=True) == await _ensure(database, ROOT_TOKEN)
     assert 1 == await _root_keys(observer)

@@ -224,7 +224,7 @@ async def test_key_count_is_the_number_of_unrevoked_keys(database_url: str, obse
         )
 
     counts = await _counts(observer)
-    assert {"acme": (5, 5), "other": (5, 5), "org_root": (0, 0)} == counts
+    assert {"acme": (5, 5), "other": (5, 5), "org_root": (1, 1)} == counts
 
 
 async def test_maximum_holds_however_many_ask_at_once(database_url: str, observer: Connection) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +208,16 @@ async def test_all_backends_terminated(wired: RunningService, database_url: str)
     await assert_recovered(wired, token)
 
 
-async def test_server_restarted(tmp_path: Path) -> None:
+@pytest.fixture
+def data_dir() -> Iterator[Path]:
+    """A folder for a PostgreSQL of the test's own, where the user that it runs as can reach it."""
+    with tempfile.TemporaryDirectory(prefix="latchgate-faults-") as made:
+        yield Path(made)
+
+
+async def test_server_restarted(data_dir: Path) -> None:
     """PostgreSQL may be stopped and started under a running service: it says so, and goes on by itself."""
-    server = await asyncio.to_thread(EmbeddedPostgres.start, tmp_path)
+    server = await asyncio.to_thread(EmbeddedPostgres.start, data_dir)
     try:
         async with run_service(await server.create_database(), pool_size=POOL_SIZE) as service:
             await service.create_organization("acme")
@@ -219,7 +227,7 @@ async def test_server_restarted(tmp_path: Path) -> None:
             assert_unavailable([await refusal(validate(service, token, BOUND_S))])
             assert_unavailable([await refusal(create(service, BOUND_S))])
 
-            server = await asyncio.to_thread(EmbeddedPostgres.start, tmp_path)
+            server = await asyncio.to_thread(EmbeddedPostgres.start, data_dir)
             await assert_recovered(service, token)
     finally:
         await asyncio.to_thread(server.stop)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import shutil
 import signal
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,29 +14,19 @@ import pytest
 import structlog
 
 from latchgate.cli import main
-from support.processes import SERVE, TRACEBACK, environment, run_latchgate
+from support.processes import SERVE, TRACEBACK
 
 Ending = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="session")
-def migrated_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory with an embedded PostgreSQL that holds the schema and nothing else; for copies alone."""
-    folder = tmp_path_factory.mktemp("migrated")
-    status, out, err = asyncio.run(run_latchgate("migrate", folder, environment(DATA_DIR="data")))
-    assert (0, []) == (status, err)
-    assert out[-1].startswith("schema "), out
-    return folder / "data"
-
-
 @pytest.fixture
-def data_dir(migrated_data_dir: Path, tmp_path: Path) -> Path:
-    """A data directory of the test's own, with the schema and nothing else."""
-    copy = shutil.which("cp")
-    assert copy is not None
-    # With the owner: it is not this user where this user is root.
-    subprocess.run([copy, "-a", str(migrated_data_dir), str(tmp_path / "data")], check=True)
-    return tmp_path / "data"
+def folder() -> Iterator[Path]:
+    """A folder of the test's own, for an embedded PostgreSQL. Not one of pytest's own.
+
+    As root the database runs as another user, who can not look into pytest's folders as soon as another pytest starts.
+    """
+    with tempfile.TemporaryDirectory(prefix="latchgate-process-") as made:
+        yield Path(made)
 
 
 @pytest.fixture

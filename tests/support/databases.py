@@ -31,8 +31,12 @@ DEADLINE_S = 20.0
 TAG_KEY = b"tag-key-of-the-contract-tests-01"
 TOKENS = TokenFormat(TAG_KEY)
 ROOT_CALLER = Caller(
-    key_id="key_00000000000000000000000000", organization_id=ROOT_ORGANIZATION_ID, grants=Grants(("*",))
+    key_id="key_00000000000000000000000000",
+    secret_id=1,
+    organization_id=ROOT_ORGANIZATION_ID,
+    grants=Grants(("*",)),
 )
+"""Who makes the calls of tests, once `insert_organization` has stored its key: the first secret of a database."""
 
 _numbers = itertools.count(1)
 
@@ -54,17 +58,21 @@ def draft(name: str = "a key", **fields: Any) -> KeyDraft:
     return KeyDraft(name=name, metadata=fields.pop("metadata", {}), **fields)
 
 
-async def insert_key(store: PostgresStore, organization_id: str = "acme", **fields: Any) -> tuple[Key, str]:
+async def insert_key(
+    store: PostgresStore, organization_id: str = "acme", key_id: str = "", **fields: Any
+) -> tuple[Key, str]:
     """Stores a key without any rule being asked, and gives its token too."""
     wanted = draft(**fields)
     minted = TOKENS.mint(wanted.key_type, wanted.environment)
-    new_key = NewKey(id=next_id("key_"), organization_id=organization_id, created_by="", draft=wanted)
+    new_key = NewKey(id=key_id or next_id("key_"), organization_id=organization_id, created_by="", draft=wanted)
     async with store.transaction() as transaction:
         return await transaction.insert_key(new_key, minted.secret), minted.token
 
 
 async def insert_organization(store: PostgresStore, organization_id: str = "acme", max_keys: int = 1000) -> str:
-    """Stores an organization with a plan of its own, and gives its id."""
+    """Stores an organization with a plan of its own, and the key of ROOT_CALLER; gives the organization's id."""
+    if await store.get_key(ROOT_CALLER.key_id) is None:
+        await insert_key(store, ROOT_ORGANIZATION_ID, ROOT_CALLER.key_id)
     await store.insert_plan(organization_id, 0, max_keys)
     await store.insert_organization(organization_id, organization_id.title(), organization_id, ())
     return organization_id
@@ -119,9 +127,19 @@ async def until_waiting(connection: Connection, count: int = 1) -> None:
 async def started_and_waiting(
     connection: Connection, work: Coroutine[Any, Any, Result], count: int = 1
 ) -> asyncio.Task[Result]:
-    """Starts some work, and comes back once `count` sessions of this database wait for a lock."""
+    """Starts some work, and comes back once `count` sessions of this database wait for a lock.
+
+    The connection must not be in a transaction: there it would see the same sessions over and over.
+    """
     task = asyncio.create_task(work)
-    await until_waiting(connection, count)
+
+    async def is_waiting() -> bool:
+        if task.done():
+            await task
+            raise AssertionError("the work did not wait")
+        return await lock_waiters(connection) >= count
+
+    await until(is_waiting)
     return task
 
 

@@ -15,8 +15,8 @@ from typing import Any, Final
 
 from support.databases import until
 
-LINE_TIMEOUT_S: Final = 30.0
-END_TIMEOUT_S: Final = 30.0
+LINE_TIMEOUT_S: Final = 60.0
+END_TIMEOUT_S: Final = 60.0
 TRACEBACK: Final = "Traceback (most recent call last)"
 
 

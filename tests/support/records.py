@@ -77,7 +77,12 @@ KEY = Key(
 
 DRAFT = KeyDraft(name="billing", metadata={"team": "payments"})
 
-ROOT = Caller(key_id="key_01jv5s7kqd0000000000000001", organization_id=ROOT_ORGANIZATION_ID, grants=Grants(("*",)))
+ROOT = Caller(
+    key_id="key_01jv5s7kqd0000000000000001",
+    secret_id=1,
+    organization_id=ROOT_ORGANIZATION_ID,
+    grants=Grants(("*",)),
+)
 
 
 def granting(record: KeyRecord, *permissions: str) -> KeyRecord:
@@ -92,7 +97,12 @@ def bound_to(record: KeyRecord, *cidrs: str) -> KeyRecord:
 
 def caller(*permissions: str, organization_id: str = "acme") -> Caller:
     """Gives a caller with these permissions."""
-    return Caller(key_id="key_01jv5s7kqd0000000000000002", organization_id=organization_id, grants=Grants(permissions))
+    return Caller(
+        key_id="key_01jv5s7kqd0000000000000002",
+        secret_id=2,
+        organization_id=organization_id,
+        grants=Grants(permissions),
+    )
 
 
 class ManualClock:

@@ -234,7 +234,7 @@ class Http2:
         return stream
 
     async def frame(self, kind: int, stream: int | None = None) -> Frame:
-        """Waits for a frame of a kind; all others before it are let pass."""
+        """Waits for a frame of a kind; all others before it are answered, if they must be, and let pass."""
         async with asyncio.timeout(DEADLINE_S):
             while True:
                 head = await self._reader.readexactly(9)
@@ -242,6 +242,9 @@ class Http2:
                 frame = Frame(
                     kind=head[3], flags=head[4], stream=int.from_bytes(head[5:], "big") & 0x7FFFFFFF, payload=payload
                 )
+                if frame.kind in (self.SETTINGS, self.PING) and not frame.flags & self.ACK:
+                    answer = frame.payload if frame.kind == self.PING else b""
+                    await self.send(frame.kind, self.ACK, 0, answer)
                 if frame.kind == kind and stream in (None, frame.stream):
                     return frame
 

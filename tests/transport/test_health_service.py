@@ -98,8 +98,8 @@ async def test_watcher_is_told_of_each_change(name: str) -> None:
 
 
 async def test_stop_says_so_and_ends_watches() -> None:
-    """A server that stops tells watchers NOT_SERVING and ends their streams: they do not hold it up for the whole grace,
-    and nothing makes it SERVING again.
+    """A server that stops tells watchers NOT_SERVING and ends their streams: they do not hold it up for the whole
+    grace, and nothing makes it SERVING again.
     """
     async with health_server() as (server, stub):
         await server.set_serving(is_serving=True)
@@ -118,16 +118,18 @@ async def test_stop_says_so_and_ends_watches() -> None:
 
 async def test_watcher_that_does_not_read_holds_up_nobody() -> None:
     """A client that watches and takes no answer keeps neither others from being told nor the server from stopping."""
-    async with health_server() as (server, stub):
-        async with Http2.connected(server.port, {Http2.INITIAL_WINDOW_SIZE: 0}) as stalled:
-            stream = await stalled.start_call(WATCH)
-            # Its headers are the last that it takes: from here on the first answer waits for room.
-            await stalled.frame(Http2.HEADERS, stream)
-            watched = watch(stub)
-            assert NOT_SERVING == await told(watched)
+    async with (
+        health_server() as (server, stub),
+        Http2.connected(server.port, {Http2.INITIAL_WINDOW_SIZE: 0}) as stalled,
+    ):
+        stream = await stalled.start_call(WATCH)
+        # The headers of the answer are the last that it takes: from here on the answer itself waits for room.
+        await stalled.frame(Http2.HEADERS, stream)
+        watched = watch(stub)
+        assert NOT_SERVING == await told(watched)
 
-            async with asyncio.timeout(DEADLINE_S):
-                await server.set_serving(is_serving=True)
-                assert SERVING == await told(watched)
-                assert SERVING == await check(stub, "")
-                await server.stop(0.1)
+        async with asyncio.timeout(DEADLINE_S):
+            await server.set_serving(is_serving=True)
+            assert SERVING == await told(watched)
+            assert SERVING == await check(stub, "")
+            await server.stop(0.1)

@@ -30,8 +30,8 @@ async def test_limits_are_announced(shared_service: RunningService) -> None:
     async with Http2.connected(port(shared_service)) as connection:
         announced = await connection.settings()
 
-    assert 1000 == announced[Http2.MAX_CONCURRENT_STREAMS]
-    assert 16 * 1024 == announced[Http2.MAX_HEADER_LIST_SIZE]
+    assert 10_000 == announced[Http2.MAX_CONCURRENT_STREAMS]
+    assert 64 * 1024 == announced[Http2.MAX_HEADER_LIST_SIZE]
 
 
 @pytest.mark.parametrize("size", [70_000, 500_000, 2_000_000])
@@ -106,13 +106,13 @@ async def test_ping_is_answered(shared_service: RunningService) -> None:
         await connection.settings()
         await connection.ping()
         stream = await connection.start_call(path_of("Validate"), ANY_REQUEST)
-        assert await connection.frame(Http2.DATA, stream)
+        await connection.frame(Http2.DATA, stream)
 
 
 async def test_flood_of_pings_is_cut_off(shared_service: RunningService) -> None:
     """A client that does nothing but ping is told ENHANCE_YOUR_CALM and cut off; others are not."""
     async with Http2.connected(port(shared_service)) as connection:
-        for _ in range(10):
+        for _ in range(4):
             await connection.send(Http2.PING, 0, 0, b"latchgat")
         goaway = await connection.frame(Http2.GOAWAY)
 
@@ -132,8 +132,6 @@ async def test_allowed_pings_suit_clients() -> None:
 
 
 async def test_many_calls_on_one_connection(shared_service: RunningService) -> None:
-    """More calls at once than streams are allowed wait their turn within the client; none is refused."""
-    request = pb.BatchValidateRequest(requests=[pb.ValidateRequest(token="no token")])
-    calls = [shared_service.keys.BatchValidate(request) for _ in range(1200)]
-    answers = [await each for each in calls]
-    assert {pb.OUTCOME_NOT_FOUND} == {response.outcome for answer in answers for response in answer.responses}
+    """A client that starts thousands of calls at once, on one connection, is answered every one of them."""
+    calls = [shared_service.keys.Validate(pb.ValidateRequest(token="no token")) for _ in range(2500)]
+    assert {pb.OUTCOME_NOT_FOUND} == {(await each).outcome for each in calls}

@@ -80,10 +80,26 @@ async def test_fault_is_counted(broken_service: RunningService) -> None:
     assert before + 1 == sample(broken_service, "latchgate_calls_total", **labels)
 
 
+async def test_fault_of_the_hot_path(broken_service: RunningService) -> None:
+    """A fault in Validate is told by its number and logged as well, though its answers are not."""
+    connection = await asyncpg.connect(broken_service.database_url)
+    await connection.execute(f"ALTER TABLE secret RENAME COLUMN end_time TO {AWAY}")
+    with capture_logs() as lines:
+        refused = await refusal(broken_service.validate("another-systems-token"))
+    await connection.execute(f"ALTER TABLE secret RENAME COLUMN {AWAY} TO end_time")
+    await connection.close()
+
+    assert (grpc.StatusCode.INTERNAL, "INTERNAL") == (refused.code, refused.reason)
+    (line,) = lines
+    assert refused.metadata["incident"] == line["incident"]
+    assert ("KeyService/Validate", "UndefinedColumnError") == (line["method"], line["error"])
+    assert "end_time" not in json.dumps(lines)
+
+
 async def test_fault_leaves_the_service_working(broken_service: RunningService) -> None:
     """Faults of some calls are none of others: tokens are judged, and no connection is lost to the pool."""
     for _ in range(20):
         await refusal(call(broken_service, "ListPlans", good_request("ListPlans", key_id="")))
 
-    assert "NOT_FOUND" == await broken_service.outcome("a-foreign-token")
+    assert "NOT_FOUND" == await broken_service.outcome("another-systems-token")
     await eventually(lambda: 0 == sample(broken_service, "latchgate_pool_connections", state="busy"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from latchgate.domain.errors import (
+    CredentialsInvalidError,
     InvalidFieldError,
     KeyNotFoundError,
     OrganizationNotFoundError,
@@ -12,7 +13,8 @@ from latchgate.domain.errors import (
     PermissionNotHeldError,
     RootRequiredError,
 )
-from latchgate.domain.model import Caller, Key, Scope, ScopeSource
+from latchgate.domain.model import Caller, Key, Outcome, Scope, ScopeSource
+from latchgate.domain.ports import Transaction
 
 READ_KEYS = "keys:read"
 WRITE_KEYS = "keys:write"
@@ -66,6 +68,18 @@ def require_held_to_widen(caller: Caller, key: Key, updated: Key) -> None:
     moves = bool(key.allowed_cidrs) and updated.allowed_cidrs != key.allowed_cidrs
     if is_switched_on or ends_later or moves:
         require_held(caller, key.permissions)
+
+
+async def require_still_in_use(caller: Caller, transaction: Transaction) -> None:
+    """Demands that the caller's own key was not ended while its call waited for a lock.
+
+    Whoever has revoked a key must not find its traces afterwards. Raises CredentialsInvalidError.
+    """
+    if not await transaction.is_in_use(caller.secret_id):
+        raise CredentialsInvalidError(
+            "the calling token was ended while the call was under way; nothing was changed",
+            outcome=Outcome.REVOKED.name,
+        )
 
 
 def organization_for(caller: Caller, requested: str) -> str:

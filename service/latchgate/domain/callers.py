@@ -17,7 +17,12 @@ def caller_of(verdict: Verdict) -> Caller:
     record = verdict.record
     if verdict.outcome is not Outcome.VALID or record is None:
         raise _refusal(verdict)
-    return Caller(key_id=record.key_id, organization_id=record.organization_id, grants=record.grants)
+    return Caller(
+        key_id=record.key_id,
+        secret_id=record.secret_id,
+        organization_id=record.organization_id,
+        grants=record.grants,
+    )
 
 
 def _refusal(verdict: Verdict) -> LatchgateError:

@@ -106,6 +106,7 @@ class KeyManager:
                 key = await _lock(transaction, caller, answered.key_id)
                 return Issued(key=key, token=token, effect=Effect(revision=answered.revision))
             await self._check_room(transaction, organization_id, draft)
+            await access.require_still_in_use(caller, transaction)
             minted = self._tokens.mint(draft.key_type, draft.environment)
             new_key = NewKey(
                 id=self._make_id("key_"), organization_id=organization_id, created_by=caller.key_id, draft=draft
@@ -262,7 +263,10 @@ class KeyManager:
 
 
 async def _lock(transaction: Transaction, caller: Caller, key_id: str) -> Key:
-    return access.visible(caller, await transaction.lock_key(key_id), key_id)
+    """Reads a key to be changed by the caller, who must be one still when nobody else can change it any more."""
+    key = access.visible(caller, await transaction.lock_key(key_id), key_id)
+    await access.require_still_in_use(caller, transaction)
+    return key
 
 
 async def _save(transaction: Transaction, key: Key) -> Key:

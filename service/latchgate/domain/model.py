@@ -306,9 +306,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who makes a management call."""
+    """Who makes a management call, by which secret of which key."""
 
     key_id: str
+    secret_id: int
     organization_id: str
     grants: Grants
 

@@ -102,6 +102,7 @@ class OrganizationManager:
             organization = await transaction.lock_organization(organization_id)
             if organization is None:
                 raise access.organization_not_found(organization_id)
+            await access.require_still_in_use(caller, transaction)
             revision = await transaction.record_change("organization", organization_id)
             organization = await transaction.save_organization(replace(organization, **changes))
         return organization, await self._effects.wait(revision)
@@ -124,6 +125,7 @@ class OrganizationManager:
             plan = await transaction.lock_plan(plan_id)
             if plan is None:
                 raise PlanNotFoundError(f"plan {plan_id} does not exist")
+            await access.require_still_in_use(caller, transaction)
             revision = await transaction.record_change("plan", plan_id)
             plan = await transaction.save_plan(replace(plan, **changes))
         return plan, await self._effects.wait(revision)

@@ -91,6 +91,9 @@ class Transaction(Protocol):
     async def lock_key(self, key_id: str) -> Key | None:
         """Reads a key and keeps others from changing it, and its organization, until the end."""
 
+    async def is_in_use(self, secret_id: int) -> bool:
+        """Says whether a secret is good now, and keeps it as it is until the end. Only with what it acts on locked."""
+
     async def lasting_root_key_ids(self) -> Sequence[str]:
         """The root keys that are active and set to stay so. Only with the root organization locked."""
 

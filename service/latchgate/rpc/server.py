@@ -29,6 +29,7 @@ _HOT_METHODS: Final = frozenset({"Validate", "BatchValidate"})
 # A request of 100 tokens of any sane length fits; a token of 1 MB fits too, and is told that it is none.
 MAX_REQUEST_BYTES: Final = 4 * 1024 * 1024
 MAX_RESPONSE_BYTES: Final = 16 * 1024 * 1024
+MAX_STREAMS: Final = 10_000
 
 OPTIONS: Final[Sequence[tuple[str, int]]] = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -36,7 +37,12 @@ OPTIONS: Final[Sequence[tuple[str, int]]] = (
     # Headers up to 16 KiB are always taken, beyond 64 KiB never.
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.absolute_max_metadata_size", 64 * 1024),
-    ("grpc.max_concurrent_streams", 1000),
+    # More than a client has under way that means well. At the limit even such a one is refused calls: grpc counts those
+    # that end a moment longer than the client does. Calls that no handler has taken up yet have the same bound; beyond
+    # grpc's own of 1000 some would be cancelled at random.
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.server.max_pending_requests", MAX_STREAMS),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_STREAMS),
     # Long-lived connections end after ten minutes or so (grpc adds jitter), so that clients spread over new servers.
     ("grpc.max_connection_age_ms", 600_000),
     ("grpc.max_connection_age_grace_ms", 30_000),

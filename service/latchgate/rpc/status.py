@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final, TypeGuard
 
 import grpc
@@ -20,6 +21,9 @@ MAX_MESSAGE_BYTES: Final = 1024
 MAX_VIOLATIONS_BYTES: Final = 2048
 MAX_FIELD_BYTES: Final = 200
 MAX_DESCRIPTION_BYTES: Final = 400
+
+# Clients log what they are told. A token that stood in a wrong field, and would be named with it, is not sent back.
+_TOKEN_BODY: Final = re.compile(r"_[0-9A-Za-z]{40,}")
 
 _Reason = error_reason_pb2.ErrorReason
 
@@ -86,7 +90,7 @@ def _bad_request(error: errors.InvalidFieldError) -> error_details_pb2.BadReques
     bad_request = error_details_pb2.BadRequest()
     for field, description in error.violations:
         bad_request.field_violations.add(
-            field=_shortened(field, MAX_FIELD_BYTES), description=_shortened(description, MAX_DESCRIPTION_BYTES)
+            field=_told(field, MAX_FIELD_BYTES), description=_told(description, MAX_DESCRIPTION_BYTES)
         )
         if bad_request.ByteSize() > MAX_VIOLATIONS_BYTES:
             del bad_request.field_violations[-1]
@@ -94,7 +98,9 @@ def _bad_request(error: errors.InvalidFieldError) -> error_details_pb2.BadReques
     return bad_request
 
 
-def _shortened(text: str, max_bytes: int) -> str:
+def _told(text: str, max_bytes: int) -> str:
+    """Gives a text as it may be told: without tokens, and no longer than `max_bytes`."""
+    text = _TOKEN_BODY.sub("_...", text)
     encoded = text.encode()
     return text if len(encoded) <= max_bytes else encoded[: max_bytes - 4].decode(errors="ignore") + " ..."
 
@@ -111,7 +117,7 @@ def internal_status(incident: str) -> status_pb2.Status:
 
 def _status(code: grpc.StatusCode, message: str, reason: str, metadata: dict[str, str]) -> status_pb2.Status:
     number: int = code.value[0]
-    status = status_pb2.Status(code=number, message=_shortened(message, MAX_MESSAGE_BYTES))
+    status = status_pb2.Status(code=number, message=_told(message, MAX_MESSAGE_BYTES))
     _attach(status, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
     return status
 

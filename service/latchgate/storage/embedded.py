@@ -54,7 +54,9 @@ class EmbeddedPostgres:
         folder = data_dir / "postgres"
         try:
             _forget_killed(folder)
-            server = get_server(folder, cleanup_mode=None)
+            # Started by itself: the package gives out a server that it had before, also one that was stopped.
+            server = get_server(folder, cleanup_mode=None, start=False)
+            server.start()
             _close_to_others(server, folder)
         except RuntimeError as error:
             lock.close()
@@ -82,8 +84,6 @@ class EmbeddedPostgres:
         """Stops the server in an orderly way and lets go of its directory."""
         try:
             self._server.stop()
-            # Has the package forget the server; else it would give out the stopped one at the next start.
-            self._server.cleanup()
         finally:
             self._lock.close()
 

@@ -33,7 +33,7 @@ _SERVER_SETTINGS = {
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
 }
-_TABLE_LOCK_WAIT_S = 2.0
+TABLE_LOCK_WAIT_S = 2.0
 
 
 class SchemaError(Exception):
@@ -89,7 +89,7 @@ async def _connect(dsn: str, lock_wait_s: float) -> Connection:
         check_server(connection.get_server_version().major)
         await _set_lock_timeout(connection, lock_wait_s)
         await connection.execute(queries.MIGRATION_LOCK_TAKE, queries.MIGRATION_LOCK)
-        await _set_lock_timeout(connection, _TABLE_LOCK_WAIT_S)
+        await _set_lock_timeout(connection, TABLE_LOCK_WAIT_S)
     except asyncpg.LockNotAvailableError:
         connection.terminate()
         raise StorageUnavailableError(

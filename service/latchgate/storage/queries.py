@@ -146,6 +146,16 @@ WHERE key_id = $1 AND (end_time IS NULL OR end_time > now())
 # Whether a digest was ever stored, whatever became of it.
 SECRET_EXISTS = "SELECT EXISTS (SELECT 1 FROM secret WHERE digest = $1)"
 
+# A secret that is good now, kept so until the end of the transaction. Taken after the locks of what its holder acts on:
+# who ends the secret takes no lock that is taken before this one. By the clock and not by the transaction's begin, when
+# the secret may still have been good.
+SECRET_LOCK_IN_USE = """
+SELECT true FROM secret s JOIN key k ON k.id = s.key_id
+WHERE s.id = $1 AND (s.end_time IS NULL OR s.end_time > clock_timestamp())
+  AND k.active AND k.revoke_time IS NULL AND (k.expire_time IS NULL OR k.expire_time > clock_timestamp())
+FOR SHARE OF s, k
+"""
+
 # Whether a digest is that of a root key which is in use now.
 SECRET_IS_GOOD_ROOT = """
 SELECT EXISTS (

@@ -41,6 +41,10 @@ class PostgresTransaction:
         await self._connection.execute(queries.KEY_LOCK, key_id)
         return await self._key(key_id)
 
+    async def is_in_use(self, secret_id: int) -> bool:
+        """Says whether a secret is good now, and keeps it as it is until the end."""
+        return bool(await self._connection.fetchval(queries.SECRET_LOCK_IN_USE, secret_id))
+
     async def lasting_root_key_ids(self) -> Sequence[str]:
         """The root keys that are active and set to stay so."""
         return [row["id"] for row in await self._connection.fetch(queries.KEY_LIST_LASTING_ROOT)]

@@ -1,0 +1,123 @@
+"""What the benchmark refuses to take for a measurement, and how it counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from apikeys.v1 import key_service_pb2 as pb
+from bench import rounds
+from bench.load import Burst, evaluated
+from bench.machine import BenchError, Layout
+from bench.servers import Figures, Target
+
+ANSWER = pb.ValidateResponse(outcome=pb.OUTCOME_VALID, key_id="key_" + "0" * 26)
+TARGET = Target(pid=1, port=1, answer=ANSWER)
+MESSAGE_BYTES = 5 + ANSWER.ByteSize()
+BURST = Burst(
+    per_s=100.0,
+    p50_ms=1.0,
+    p99_ms=2.0,
+    started=104,
+    succeeded=100,
+    failed=0,
+    data_bytes=100 * MESSAGE_BYTES,
+    core_share=0.5,
+)
+H2LOAD = """
+finished in 1.00s, 3.00 req/s, 1.02KB/s
+requests: 3 total, 4 started, 3 done, 3 succeeded, 0 failed, 0 errored, 0 timeout
+status codes: 3 2xx, 0 3xx, 0 4xx, 0 5xx
+traffic: 1.02KB (1041) total, 222B (222) headers (space savings 77.53%), 687B (687) data
+                     min         max         mean         sd        +/- sd
+time for request:     1.00ms     30.00ms     12.00ms      4.00ms    66.67%
+"""
+METRICS = """
+# HELP latchgate_outcomes_total Answers of Validate.
+latchgate_outcomes_total{outcome="VALID"} 12.0
+latchgate_outcomes_total{outcome="NOT_FOUND"} 2.0
+latchgate_outcomes_total{outcome="REVOKED"} 0.0
+latchgate_lookup_batch_size_bucket{le="1.0"} 1.0
+latchgate_lookup_batch_size_count 3.0
+latchgate_lookup_batch_size_sum 13.0
+"""
+
+
+def _check(burst: Burst, outcomes: dict[str, float]) -> None:
+    rounds.check_sizes(burst, TARGET)
+    rounds.check_outcomes(burst, outcomes)
+
+
+@pytest.mark.parametrize("valid", [100, 104])
+def test_an_agreeing_count_is_taken(valid: int) -> None:
+    """The service may have answered what was under way when the time was up, and may not have."""
+    _check(BURST, {"VALID": valid})
+
+
+@pytest.mark.parametrize("outcomes", [{}, {"VALID": 99}, {"VALID": 105}, {"VALID": 100, "NOT_FOUND": 1}])
+def test_a_count_that_does_not_agree_is_refused(outcomes: dict[str, float]) -> None:
+    """A turn in which the service counted other answers than h2load saw, or others than VALID, is no measurement."""
+    with pytest.raises(BenchError, match="the service counted"):
+        _check(BURST, outcomes)
+
+
+@pytest.mark.parametrize(
+    "burst",
+    [
+        replace(BURST, failed=1),
+        replace(BURST, succeeded=0),
+        replace(BURST, data_bytes=99 * MESSAGE_BYTES - 801),
+        replace(BURST, data_bytes=130 * MESSAGE_BYTES),
+    ],
+)
+def test_answers_that_are_none_are_refused(burst: Burst) -> None:
+    """Calls that failed, and answers without a message of full size, as errors are, are no measurement."""
+    with pytest.raises(BenchError):
+        _check(burst, {"VALID": 100})
+
+
+def test_calls_are_counted_while_all_connections_were_at_work() -> None:
+    """Throughput and times are of the calls answered after the last connection's first, to the first one's last."""
+    # Columns: start in microseconds, HTTP status, microseconds to the answer.
+    early = "1000\t200\t1000\n500000\t200\t10000\n1000000\t200\t20000\n"
+    late = "200000\t200\t10000\n600000\t200\t30000\n2000000\t200\t5000\n"
+
+    burst = evaluated([H2LOAD, H2LOAD], [early, late], core_share=0.5)
+
+    # From 0.21 s to 1.02 s: answers at 0.51, 0.63 and 1.02 s.
+    assert pytest.approx(3 / 0.81) == burst.per_s
+    assert (20.0, 30.0) == (burst.p50_ms, burst.p99_ms)
+    assert (8, 6, 0, 1374) == (burst.started, burst.succeeded, burst.failed, burst.data_bytes)
+
+
+@pytest.mark.parametrize(
+    ("output", "log"), [("h2load: unknown option", "1\t200\t1\n"), (H2LOAD, ""), (H2LOAD, "1\t200\t1\n")]
+)
+def test_what_h2load_does_not_say_is_not_made_up(output: str, log: str) -> None:
+    """Results in another form, and connections without answers or with too few, are an error and no figure."""
+    with pytest.raises(BenchError):
+        evaluated([output], [log], core_share=0.5)
+
+
+def test_counters_are_compared() -> None:
+    """Outcomes that did not grow are left out; the others and the statements are told by how much they grew."""
+    before = Figures.parse(METRICS)
+    after = Figures.parse(METRICS.replace("} 12.0", "} 20.0").replace("sum 13.0", "sum 23.0"))
+
+    grown = after.since(before)
+
+    assert {"VALID": 8.0} == grown.outcomes
+    assert (0.0, 10.0) == (grown.statements, grown.digests)
+
+
+@pytest.mark.parametrize(
+    ("cores", "layout"),
+    [
+        ({0, 1}, Layout(total=2, server=1, load=0, database=(0,))),
+        ({2, 3, 5, 7}, Layout(total=4, server=7, load=2, database=(3, 5))),
+    ],
+)
+def test_the_server_has_a_core_of_its_own(cores: set[int], layout: Layout) -> None:
+    """Neither load nor database run on the server's core; with two cores they share the other."""
+    assert layout == Layout.share_out(cores)

@@ -1,0 +1,124 @@
+"""The benchmark as a whole, in its smallest form: that its figures come out, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from bench.machine import pinned
+
+RUN = Path(__file__).with_name("run.py")
+SMALLEST = ("--rounds", "1", "--seconds", "0.4", "--keys", "1,1000", "--processes", "4")
+
+needs_h2load = pytest.mark.skipif(
+    shutil.which("h2load") is None,
+    reason="h2load is not installed (Debian, Ubuntu: apt-get install nghttp2-client)",
+)
+needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="the benchmark needs two cores")
+
+
+@contextmanager
+def _bench(*arguments: str, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Starts the benchmark; one that has not ended by the end of the block is killed."""
+    command = [sys.executable, str(RUN), *arguments]
+    with subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+async def _databases(url: str) -> list[str]:
+    connection = await asyncpg.connect(url)
+    try:
+        rows = await connection.fetch("SELECT datname FROM pg_database WHERE datname LIKE 'latchgate\\_bench\\_%'")
+    finally:
+        await connection.close()
+    return [row["datname"] for row in rows]
+
+
+def _children(parent: int) -> set[int]:
+    """Gives the processes that a process has started, but for those that have ended."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            state, ppid = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+        except (OSError, ValueError):
+            continue
+        if int(ppid) == parent and state != "Z":
+            found.add(int(entry.name))
+    return found
+
+
+def _alive(pids: set[int]) -> set[int]:
+    return {pid for pid in pids if Path(f"/proc/{pid}").exists()}
+
+
+@needs_h2load
+@needs_two_cores
+async def test_a_run_writes_a_page_and_leaves_nothing_behind(postgres_url: str, tmp_path: Path) -> None:
+    """A run gives figures for every number of keys, writes them to the page, and drops the databases that it made."""
+    output = tmp_path / "page.md"
+    with _bench(*SMALLEST, "--output", str(output), environment={"LATCHGATE_DATABASE_URL": postgres_url}) as process:
+        said, complaints = process.communicate(timeout=100)
+
+    assert ("", 0) == (complaints, process.returncode)
+    page = output.read_text()
+    for keys in ("1 ", "1,000 "):
+        assert f"\n| {keys}| " in page
+        assert f"round 1  {keys:>10}keys: Validate" in said
+    assert "Validate over no-op with 1,000 keys: " in page
+    assert [] == await _databases(postgres_url)
+
+
+@needs_h2load
+@needs_two_cores
+async def test_ctrl_c_ends_all_that_was_started(postgres_url: str) -> None:
+    """Ctrl-C in the middle of a measurement ends servers and load generators, and drops the databases."""
+    with _bench(
+        "--seconds", "60", "--keys", "1", "--processes", "4", environment={"LATCHGATE_DATABASE_URL": postgres_url}
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("seeded 1 key ")
+        # The service, the no-op and the four of h2load, which run for a minute.
+        children: set[int] = set()
+        while len(children) < 6 and process.poll() is None:
+            children = _children(process.pid)
+        process.send_signal(signal.SIGINT)
+        _, complaints = process.communicate(timeout=30)
+
+    assert ("bench: stopped\n", 130) == (complaints, process.returncode)
+    assert set() == _alive(children)
+    assert [] == await _databases(postgres_url)
+
+
+@needs_two_cores
+def test_without_h2load_it_says_how_to_get_it(tmp_path: Path) -> None:
+    """Where h2load is not installed, one line says so and names the package, and the exit code is 3."""
+    with _bench(*SMALLEST, environment={"PATH": str(tmp_path)}) as process:
+        said, complaints = process.communicate(timeout=30)
+
+    assert "bench: h2load is not installed; on Debian and Ubuntu: apt-get install nghttp2-client\n" == complaints
+    assert ("", 3) == (said, process.returncode)
+
+
+@needs_h2load
+def test_on_one_core_it_does_not_measure() -> None:
+    """With a single core, where the load would take the server's time, one line says so and the exit code is 3."""
+    with pinned(sorted(os.sched_getaffinity(0))[:1]), _bench(*SMALLEST, environment={}) as process:
+        said, complaints = process.communicate(timeout=30)
+
+    assert complaints.startswith("bench: there is only one core: ")
+    assert 1 == complaints.count("\n")
+    assert ("", 3) == (said, process.returncode)

