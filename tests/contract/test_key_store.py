@@ -483,6 +483,48 @@ async def test_last_use_of_a_key_is_the_latest_of_any_token(database: Database, 
     assert [None, None] == [secret.last_used_time for secret in shown.secrets]
 
 
+@pytest.mark.parametrize("end", ["rotate", "revoke", "toggle", "expire"])
+async def test_caller_that_was_ended_is_not_in_use_for_who_began_before(
+    store: PostgresStore, keys: KeyManager, observer: Connection, end: str
+) -> None:
+    """A secret that was ended is not in use any more, also for a transaction that had begun before it was: it may have
+    waited for the very one that has ended it.
+    """
+    await insert_organization(store)
+    key, token = await insert_key(store)
+    secret_id = await observer.fetchval("SELECT id FROM secret WHERE digest = $1", digest(token))
+    async with store.transaction() as transaction:
+        await transaction.now()
+        if end == "rotate":
+            await keys.rotate(ROOT_CALLER, key.id, timedelta())
+        elif end == "revoke":
+            await keys.revoke(ROOT_CALLER, key.id, "")
+        elif end == "toggle":
+            await keys.toggle(ROOT_CALLER, key.id, active=False)
+        else:
+            await observer.execute("UPDATE key SET expire_time = clock_timestamp() WHERE id = $1", key.id)
+
+        assert not await transaction.is_in_use(secret_id)
+        assert await transaction.is_in_use(ROOT_CALLER.secret_id)
+
+
+async def test_caller_can_not_be_ended_before_its_change_is(
+    store: PostgresStore, keys: KeyManager, observer: Connection
+) -> None:
+    """Who ends the key of a caller whose change is under way waits for that change: it does not come to light after."""
+    await insert_organization(store)
+    await insert_organization(store, "other")
+    key, token = await insert_key(store)
+    secret_id = await observer.fetchval("SELECT id FROM secret WHERE digest = $1", digest(token))
+    async with store.transaction() as transaction:
+        await transaction.lock_organization("other")
+        assert await transaction.is_in_use(secret_id)
+        revoking = await started_and_waiting(observer, keys.revoke(ROOT_CALLER, key.id, ""))
+
+    changed = await revoking
+    assert KeyState.REVOKED is changed.key.state
+
+
 async def test_update_that_stands_on_a_stale_read_is_not_possible(
     store: PostgresStore, keys: KeyManager, observer: Connection
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import asyncpg
 import grpc
 import pytest
 
@@ -117,3 +118,25 @@ async def test_callers_come_before_their_requests(acme: Tenant) -> None:
     """Who is not known is not told what would be wrong with its request either."""
     request = keys_pb.CreateKeyRequest(name="")
     assert "CREDENTIALS_MISSING" == (await refusal(acme.service.keys.CreateKey(request))).reason
+
+
+async def test_caller_that_is_ended_meanwhile_changes_nothing(alone: RunningService) -> None:
+    """When RevokeKey has returned, no call of the revoked key takes effect, not even one that began before."""
+    await alone.create_organization("acme")
+    second = await alone.create_key("org_root", permissions=())
+    holder = await asyncpg.connect(alone.database_url)
+    try:
+        async with holder.transaction():
+            await holder.execute("SELECT 1 FROM organization WHERE id = 'acme' FOR UPDATE")
+            creating = asyncio.ensure_future(alone.create_key("acme", metadata=bearer(second.token)))
+            while not await holder.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                assert not creating.done()
+                await asyncio.sleep(0.01)
+            await alone.keys.RevokeKey(keys_pb.RevokeKeyRequest(key_id=second.key.id), metadata=alone.root)
+        error = await refusal(creating)
+    finally:
+        await holder.close()
+
+    assert (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS_INVALID") == (error.code, error.reason)
+    listed = await alone.keys.ListKeys(keys_pb.ListKeysRequest(organization_id="acme"), metadata=alone.root)
+    assert [] == list(listed.keys)

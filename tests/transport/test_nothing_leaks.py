@@ -50,7 +50,7 @@ class Canaries:
     tag_key: str = field(default_factory=lambda: canary("tag"))
     password: str = field(default_factory=lambda: canary("password").replace("_", "-"))
     unknown_token: str = field(default_factory=lambda: canary("unknown"))
-    wrong_tag: str = field(default_factory=lambda: "lk_" + secrets.token_hex(20))
+    wrong_tag: str = field(default_factory=lambda: f"lk_Z{secrets.token_hex(20)[1:]}")
     request_ids: list[uuid.UUID] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
 

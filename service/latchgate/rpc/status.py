@@ -118,7 +118,8 @@ def internal_status(incident: str) -> status_pb2.Status:
 def _status(code: grpc.StatusCode, message: str, reason: str, metadata: dict[str, str]) -> status_pb2.Status:
     number: int = code.value[0]
     status = status_pb2.Status(code=number, message=_told(message, MAX_MESSAGE_BYTES))
-    _attach(status, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
+    told = {name: _told(value, MAX_FIELD_BYTES) for name, value in metadata.items()}
+    _attach(status, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=told))
     return status
 
 
