@@ -25,9 +25,9 @@ from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import Scope
 from latchgate.domain.organizations import OrganizationManager
 from latchgate.domain.ratelimit import WindowLimiter
-from latchgate.domain.token import TokenFormat
+from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.validation import ForeignLookupBudget, Validator
-from latchgate.draining import Drain, HoldingValidator
+from latchgate.draining import drain
 from latchgate.observability import Metrics
 from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
@@ -108,7 +108,6 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         background = Background()
         server = _make_server(settings, pipeline, credentials)
         await server.set_serving(is_serving=False)
-        drain = Drain(server, pipeline, settings.drain_seconds)
         parts = _Parts(
             settings=settings,
             scopes=scopes,
@@ -118,7 +117,6 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
             background=background,
             pipeline=pipeline,
             server=server,
-            drain=drain,
         )
         # From the last to the first: calls end, then the work beside them, then what they left is written.
         stack.push_async_callback(_flush_last, usage)
@@ -127,7 +125,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         await server.server.start()
         ready = asyncio.create_task(_get_ready(beside, parts, dsn))
         stack.push_async_callback(_cancelled, ready)
-        stack.push_async_callback(drain.stop)
+        stack.push_async_callback(drain, server, pipeline, settings.drain_seconds)
         stack.callback(background.stop)
         # Shielded: it waits for a future that stopping the server needs as well.
         background.keep("gRPC server", asyncio.shield(server.server.wait_for_termination()))
@@ -151,7 +149,6 @@ class _Parts:
     background: Background
     pipeline: Pipeline
     server: RpcServer
-    drain: Drain
 
 
 def _credentials(settings: Settings) -> ReloadingCredentials | None:
@@ -218,7 +215,7 @@ async def _stop_embedded(starting: asyncio.Task[EmbeddedPostgres]) -> None:
 async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:
     """Prepares the database, waiting for it if it is away, and lets calls through."""
     settings, database, background = parts.settings, parts.database, parts.background
-    server, pipeline, drain = parts.server, parts.pipeline, parts.drain
+    server, pipeline = parts.server, parts.pipeline
     before, schema = await _patiently(lambda: migrate(dsn))
     from_settings = settings.tag_key.get_secret_value().encode() if settings.tag_key else None
     tag_key = await _patiently(lambda: load_tag_key(database, from_settings))
@@ -230,14 +227,15 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:
     )
     stack.push_async_callback(reader.close)
     foreign = ForeignLookupBudget(time.monotonic)
+    if root_token is not None:
+        # Known from the start, so that a flood of invented foreign tokens can not keep root out.
+        foreign.remember(digest(root_token), found=True)
     limiter = WindowLimiter(time.monotonic)
     parts.metrics.watch(Figures(database, parts.usage, foreign, background))
     probe = DatabaseProbe(dsn, PROBE_TIMEOUT_S)
     stack.push_async_callback(probe.close)
-    at_work = Validator(tokens=tokens, keys=reader, limiter=limiter, usage=parts.usage, foreign=foreign)
-    holding = HoldingValidator(tokens=tokens, keys=reader, limiter=limiter, usage=parts.usage, foreign=foreign)
-    drain.prepare(_backend(parts, tokens, tag_key, holding), holding)
-    pipeline.connect(_backend(parts, tokens, tag_key, at_work))
+    validator = Validator(tokens=tokens, keys=reader, limiter=limiter, usage=parts.usage, foreign=foreign)
+    pipeline.connect(_backend(parts, tokens, tag_key, validator))
     watch = DatabaseWatch(probe, server, parts.metrics, background)
     await watch.show(is_up=True)
     background.repeat("database watch", PROBE_INTERVAL_S, watch.look)

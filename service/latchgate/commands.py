@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Final, TypeVar
 
 import structlog
@@ -56,8 +57,13 @@ async def run(settings: Settings) -> None:
         _warn_of_refused_root(ready)
         await demo.show(settings, running, is_new=ready.schema_before is None)
 
+    def say_stopping() -> None:
+        # The terminal may be gone.
+        with suppress(OSError):
+            print("\nStopping ...", flush=True)
+
     demo.say_beginning(settings)
-    await _serve(settings, show, lambda: print("\nStopping ...", flush=True))
+    await _serve(settings, show, say_stopping)
 
 
 async def migrate(settings: Settings) -> None:
@@ -105,27 +111,34 @@ def _plain_errors(stopping: asyncio.Event) -> Iterator[None]:
 
 
 def _on_signals(settings: Settings) -> asyncio.Event:
-    """Gives an event that the first SIGINT or SIGTERM sets; the second ends the process at once."""
+    """Gives an event that the first SIGINT, SIGTERM or SIGHUP sets; the second ends the process at once."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
         if stopping.is_set():
             if settings.database_url is None:
-                _end_embedded(settings)
+                end_embedded(settings.data_dir / "postgres")
             os._exit(1)
         stopping.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Who starts it with nohup wants it to outlive the terminal.
+        if signal.getsignal(number) is not signal.SIG_IGN or number is not signal.SIGHUP:
+            loop.add_signal_handler(number, stop)
     return stopping
 
 
-def _end_embedded(settings: Settings) -> None:
-    """Tells the embedded PostgreSQL to end in an orderly way, which it does without this process."""
+def end_embedded(folder: Path) -> None:
+    """Tells the embedded PostgreSQL to end in an orderly way, which it does without this process.
+
+    Only where the system can be asked whether the process is the server: its number may be another's by now, and while
+    the database is being made the file holds a negative one, which would mean a whole group of processes.
+    """
     with suppress(OSError, ValueError, IndexError):
-        lines = (settings.data_dir / "postgres" / "postmaster.pid").read_text().splitlines()
-        os.kill(int(lines[0]), signal.SIGINT)
+        pid = int((folder / "postmaster.pid").read_text().split(maxsplit=1)[0])
+        if os.fsencode(folder.resolve()) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            os.kill(pid, signal.SIGINT)
 
 
 async def _unless_stopped(stopping: asyncio.Event, work: Awaitable[Result]) -> Result | None:

@@ -49,7 +49,6 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "SECRET_END": ("text interval", set()),
     "SECRET_LOCK_IN_USE": ("int8", {"?column?"}),
     "SECRET_EXISTS": ("bytea", {"exists"}),
-    "SECRET_LOCK_IN_USE": ("int8", {"?column?"}),
     "SECRET_IS_GOOD_ROOT": ("bytea", {"exists"}),
     "SECRET_FIND": ("bytea[]", {"now", "revision", "digest", *FOUND_COLUMNS}),
     "LAST_USED_UPDATE": ("int8[] timestamptz[]", set()),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -19,6 +21,7 @@ from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from apikeys.v1.organization_service_pb2_grpc import OrganizationServiceStub
+from latchgate.commands import end_embedded
 from support.databases import connected, until, until_waiting
 from support.faults import NOT_SERVING, SERVING, health_changes
 from support.processes import SERVE, Latchgate, environment, latchgate
@@ -195,11 +198,26 @@ async def test_second_signal(database_url: str, tmp_path: Path) -> None:
 
 
 async def test_stop_while_waiting_for_database(tmp_path: Path) -> None:
-    """A service whose database was never there stops as soon as it is told, with status 0, and its log says so."""
+    """A service whose database was never there stops as soon as it is told, with status 0, and its log says so.
+
+    Being told is also that its terminal is closed.
+    """
     variables = environment(**SERVE, DATABASE_URL="postgresql://user:hunter2-password@127.0.0.1:1/gate")
     async with latchgate("serve", tmp_path, variables) as process:
         await process.event("waiting_for_database")
-        process.tell(signal.SIGTERM)
+        process.tell(signal.SIGHUP)
         assert 0 == await process.ended()
         await process.event("stopped")
         assert "hunter2" not in process.text
+
+
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_second_signal_spares_others(tmp_path: Path, sign: str) -> None:
+    """A process, or a group of them, that has the number of an embedded PostgreSQL that is gone is left alone."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as other:
+        (tmp_path / "postmaster.pid").write_text(f"{sign}{other.pid}\n{tmp_path}\n")
+        end_embedded(tmp_path)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(0.1)
+        other.communicate(b"\n", timeout=30)
+    assert 0 == other.returncode

@@ -65,12 +65,28 @@ class Pipeline:
         self._observer = observer
         self._is_validate_open = is_validate_open
         self._backend: Backend | None = None
+        self._gate: asyncio.Event | None = None
+        # How many calls have come since `hold`.
+        self.held = 0
 
     def connect(self, backend: Backend) -> None:
         """Lets calls through."""
         self._backend = backend
 
-    def _connected(self) -> Backend:
+    def hold(self) -> None:
+        """Makes all calls that come from now on wait until `release`."""
+        self._gate = asyncio.Event()
+
+    def release(self) -> None:
+        """Lets the calls go on that wait, and those that come."""
+        if self._gate is not None:
+            self._gate.set()
+
+    async def _admitted(self) -> Backend:
+        """Gives what answers a call. Raises StorageUnavailableError."""
+        if self._gate is not None:
+            self.held += 1
+            await self._gate.wait()
         if self._backend is None:
             raise StorageUnavailableError("the service is starting and waits for its database")
         return self._backend
@@ -82,7 +98,7 @@ class Pipeline:
         async def behave(raw: bytes, context: Context) -> Message:
             call = _Call(name, context, time.perf_counter())
             try:
-                backend = self._connected()
+                backend = await self._admitted()
                 call.caller = await _identify(backend, context)
                 request = parse(request_type, raw)
                 check_rules(request)
@@ -107,7 +123,7 @@ class Pipeline:
             start_s = time.perf_counter()
             code = grpc.StatusCode.OK
             try:
-                backend = self._connected()
+                backend = await self._admitted()
                 caller = None if self._is_validate_open else await _identify(backend, context)
                 return await handler(backend.services[service], parse(request_type, raw), caller)
             except BaseException as error:

@@ -1,0 +1,101 @@
+"""A start that fails leaves nothing behind, and a service that can not go on ends."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from latchgate import commands
+from latchgate.app import Running, serving
+from latchgate.config import CommandError, Settings
+from latchgate.rpc.server import ListenError
+from latchgate.storage.bootstrap import BootstrapError
+from support.databases import connected, until
+from support.service import TAG_KEY, make_settings
+
+
+def free_address() -> str:
+    """An address of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def is_free(address: str) -> bool:
+    """Whether nobody listens on an address."""
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) != 0
+
+
+async def assert_nothing_left(database_url: str, *addresses: str) -> None:
+    """Demands that no task runs, no port is open, and no session of the database is left."""
+    assert {asyncio.current_task()} == {task for task in asyncio.all_tasks() if not task.done()}
+    assert [True] * len(addresses) == [is_free(address) for address in addresses]
+    async with connected(database_url) as connection:
+
+        async def is_alone() -> bool:
+            count: int = await connection.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            return count == 0
+
+        await until(is_alone)
+
+
+@pytest.mark.parametrize("taken", ["listen", "metrics_listen"])
+async def test_port_in_use(database_url: str, taken: str) -> None:
+    """When one of the ports can not be had, the other is free again, and so is all else."""
+    addresses = {"listen": free_address(), "metrics_listen": free_address()}
+    with socket.socket() as holder:
+        host, _, port = addresses[taken].rpartition(":")
+        holder.bind((host, int(port)))
+        holder.listen()
+        with pytest.raises(ListenError):
+            async with serving(make_settings(database_url, **addresses)):
+                pass
+        await assert_nothing_left(database_url, *(address for name, address in addresses.items() if name != taken))
+
+
+async def test_settings_that_do_not_fit(database_url: str) -> None:
+    """When the database turns out to be one of another tag key, everything that was opened before is closed."""
+    async with serving(make_settings(database_url)) as running:
+        await running.ready
+    addresses = {"listen": free_address(), "metrics_listen": free_address()}
+    with pytest.raises(BootstrapError):
+        async with serving(make_settings(database_url, tag_key=TAG_KEY[::-1], **addresses)) as running:
+            await running.ready
+    await assert_nothing_left(database_url, *addresses.values())
+
+
+async def test_orderly_end(database_url: str) -> None:
+    """A service that has served leaves nothing behind either."""
+    addresses = {"listen": free_address(), "metrics_listen": free_address()}
+    async with serving(make_settings(database_url, **addresses)) as running:
+        await running.ready
+        assert addresses == {"listen": running.listen, "metrics_listen": running.metrics_listen}
+    await assert_nothing_left(database_url, *addresses.values())
+
+
+@pytest.mark.usefixtures("undone")
+async def test_service_that_can_not_go_on(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When work that the service can not do without has ended, `serve` ends too, with one line that says so."""
+    served: asyncio.Future[Running] = asyncio.get_running_loop().create_future()
+
+    @asynccontextmanager
+    async def seen(settings: Settings) -> AsyncIterator[Running]:
+        async with AsyncExitStack() as stack:
+            served.set_result(await stack.enter_async_context(serving(settings)))
+            yield await served
+
+    monkeypatch.setattr("latchgate.commands.serving", seen)
+    command = asyncio.create_task(commands.serve(make_settings(database_url)))
+    running = await served
+    await running.ready
+    await running.server.server.stop(None)
+    with pytest.raises(CommandError, match="gRPC server"):
+        await asyncio.wait_for(command, 30)
