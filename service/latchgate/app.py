@@ -46,6 +46,7 @@ from latchgate.storage.stores import PostgresStore
 from latchgate.storage.usage import UsageBuffer
 from latchgate.watch import DatabaseWatch, Figures, serve_metrics
 
+LOOKUP_SPACING_S: Final = 0.001
 PROBE_INTERVAL_S: Final = 1.0
 PROBE_TIMEOUT_S: Final = 1.0
 FORGET_INTERVAL_S: Final = 30.0
@@ -223,7 +224,11 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:
     root_token = settings.root_token.get_secret_value() if settings.root_token else None
     root = await _patiently(lambda: ensure_root_key(database, tokens, make_id, root_token))
     reader = BatchingKeyReader(
-        find_many(database), connections=LOOKUP_CONNECTIONS, observer=parts.metrics, monotonic=time.monotonic
+        find_many(database),
+        connections=LOOKUP_CONNECTIONS,
+        observer=parts.metrics,
+        monotonic=time.monotonic,
+        spacing_s=LOOKUP_SPACING_S,
     )
     stack.push_async_callback(reader.close)
     foreign = ForeignLookupBudget(time.monotonic)

@@ -7,6 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import Any
 
 import structlog
 
@@ -31,12 +32,12 @@ class Background:
         self._stopping = asyncio.Event()
         self._died = asyncio.Event()
         self._death = ""
-        self._lasting: set[asyncio.Task[None]] = set()
-        self._repeated: set[asyncio.Task[None]] = set()
+        self._lasting: set[asyncio.Future[Any]] = set()
+        self._repeated: set[asyncio.Future[Any]] = set()
 
     def keep(self, name: str, work: Awaitable[object]) -> None:
         """Runs work that lasts as long as the service; it is cancelled at the end."""
-        self._lasting.add(asyncio.create_task(self._watched(name, work)))
+        self._lasting.add(self._watched(name, work))
 
     def repeat(self, name: str, interval_s: float, work: Callable[[], Awaitable[None]]) -> None:
         """Does some work again and again; at the end what is under way is finished.
@@ -44,7 +45,7 @@ class Background:
         A time at which the database is away is let pass, and so is a fault of the work itself: the next time may be
         better, and calls are worth more than what is done beside them. Both are logged, faults each time.
         """
-        self._repeated.add(asyncio.create_task(self._watched(name, self._again(name, interval_s, work))))
+        self._repeated.add(self._watched(name, self._again(name, interval_s, work)))
 
     def failed(self, name: str, error: Exception) -> None:
         """Takes note of an error that nobody expected. Not of its text: it may hold what a row holds."""
@@ -67,13 +68,17 @@ class Background:
             task.cancel()
         await asyncio.gather(*self._lasting, *self._repeated, return_exceptions=True)
 
-    async def _watched(self, name: str, work: Awaitable[object]) -> None:
+    def _watched(self, name: str, work: Awaitable[object]) -> asyncio.Future[Any]:
+        begun = asyncio.ensure_future(work)
+        begun.add_done_callback(lambda ended: self._has_ended(name, ended))
+        return begun
+
+    def _has_ended(self, name: str, work: asyncio.Future[Any]) -> None:
         reason = "it came to an end"
-        try:
-            await work
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+        error = None if work.cancelled() else work.exception()
+        if isinstance(error, Exception):
             self.failed(name, error)
-            reason = f"{type(error).__name__} at {where(error)[-1]}"
+            reason = f"{type(error).__name__} at {' > '.join(where(error)[-1:]) or 'an unknown place'}"
         if not self._stopping.is_set():
             self._death = self._death or f"the service can not go on without its {name}: {reason}"
             self._died.set()

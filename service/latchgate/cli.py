@@ -43,6 +43,8 @@ def main() -> None:
             runner.run(work)
     except CommandError as error:
         sys.exit(_complaint(str(error), error.status))
+    except ImportError as error:
+        sys.exit(_complaint(f"this installation is not complete: {error}; install it anew", 1))
     except Exception as error:  # noqa: BLE001 - the last to hear of it; a traceback could show what no one should see
         from latchgate.background import where
 

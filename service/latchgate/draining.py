@@ -8,8 +8,9 @@ from typing import Final
 from latchgate.rpc.pipeline import Pipeline
 from latchgate.rpc.server import RpcServer
 
-QUIET_S: Final = 0.005
-MAX_HOLD_S: Final = 0.05
+# Long enough for grpc's own threads to read what has arrived on a busy machine, short for whoever waits.
+QUIET_S: Final = 0.02
+MAX_HOLD_S: Final = 0.1
 
 
 async def drain(server: RpcServer, pipeline: Pipeline, grace_s: float) -> None:

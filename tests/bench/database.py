@@ -127,7 +127,8 @@ async def cluster(cores: Sequence[int]) -> AsyncIterator[Cluster]:
             with pinned(cores):
                 embedded = EmbeddedPostgres.start(Path(folder))
         except EmbeddedDatabaseError as error:
-            raise BenchError(str(error)) from None
+            # Its log is gone with the folder.
+            raise BenchError(str(error).partition("; see ")[0]) from None
         try:
             async with _connected(await embedded.create_database(), is_embedded=True) as started:
                 yield started

@@ -131,6 +131,8 @@ class _Comparison:
 
     async def run(self, services: Sequence[Service]) -> list[ServiceTurn]:
         """Gives the turns of the counted rounds, one of each service a round; a round of warming up comes first."""
+        turns = 1 + 2 * len(services) * (self._plan.rounds + 1)
+        self._say(f"measuring: {turns} turns of {self._plan.seconds:g} s")
         counted = []
         before = await self._noop(services[0].bodies)
         for number in range(self._plan.rounds + 1):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,17 +49,22 @@ async def _databases(url: str) -> list[str]:
     return [row["datname"] for row in rows]
 
 
-def _children(parent: int) -> set[int]:
-    """Gives the processes that a process has started, but for those that have ended."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        try:
-            state, ppid = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-        except (OSError, ValueError):
-            continue
-        if int(ppid) == parent and state != "Z":
-            found.add(int(entry.name))
+def _children(parent: int, count: int) -> set[int]:
+    """Waits until a process has started so many others, and gives their ids."""
+    deadline_s = time.monotonic() + 30
+    found: set[int] = set()
+    while len(found) < count:
+        assert time.monotonic() < deadline_s, f"only {len(found)} of {count} processes were started"
+        time.sleep(0.02)
+        found = {int(entry.name) for entry in Path("/proc").iterdir() if _parent(entry) == parent}
     return found
+
+
+def _parent(entry: Path) -> int | None:
+    try:
+        return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError):
+        return None
 
 
 def _alive(pids: set[int]) -> set[int]:
@@ -85,16 +91,14 @@ async def test_a_run_writes_a_page_and_leaves_nothing_behind(postgres_url: str, 
 @needs_h2load
 @needs_two_cores
 async def test_ctrl_c_ends_all_that_was_started(postgres_url: str) -> None:
-    """Ctrl-C in the middle of a measurement ends servers and load generators, and drops the databases."""
+    """Ctrl-C amid a measurement ends the service, the no-op and the four of h2load, and drops the databases."""
     with _bench(
         "--seconds", "60", "--keys", "1", "--processes", "4", environment={"LATCHGATE_DATABASE_URL": postgres_url}
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("seeded 1 key ")
-        # The service, the no-op and the four of h2load, which run for a minute.
-        children: set[int] = set()
-        while len(children) < 6 and process.poll() is None:
-            children = _children(process.pid)
+        assert process.stdout.readline().startswith("measuring: ")
+        children = _children(process.pid, 6)
         process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=30)
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import asyncpg
 import pytest
 
 from latchgate.domain.errors import (
@@ -295,6 +296,50 @@ async def test_lock_shows_what_its_last_holder_left(store: PostgresStore, observ
     assert key_found is not None
     assert key_left == replace(key_found, read_time=key_left.read_time)
     assert plan_left == await waiting_for_plan
+
+
+async def test_locked_key_is_locked_with_its_organization(store: PostgresStore, observer: Connection) -> None:
+    """Whoever has locked a key has locked its organization and the key, against changes but not against references to
+    them; whoever has locked an organization or a plan has locked that.
+    """
+    await insert_organization(store)
+    key, _ = await insert_key(store)
+
+    async def is_free(table: str, row_id: str, strength: str) -> bool:
+        try:
+            await observer.fetchval(f"SELECT 1 FROM {table} WHERE id = $1 FOR {strength} NOWAIT", row_id)  # noqa: S608 - as below
+        except asyncpg.LockNotAvailableError:
+            return False
+        return True
+
+    rows = [("organization", "acme"), ("key", key.id), ("plan", "acme")]
+    seen = []
+    for lock in ("lock_key", "lock_organization", "lock_plan"):
+        async with store.transaction() as transaction:
+            await getattr(transaction, lock)(key.id if lock == "lock_key" else "acme")
+            assert all([await is_free(*row, "KEY SHARE") for row in rows])
+            seen.append([await is_free(*row, "NO KEY UPDATE") for row in rows])
+
+    assert [[False, False, True], [False, True, True], [True, True, False]] == seen
+
+
+async def test_organization_is_locked_before_the_key(store: PostgresStore, observer: Connection) -> None:
+    """Who waits for an organization in order to lock a key does not hold the key meanwhile: the organization's holder
+    may need it, for it may be the caller's own.
+    """
+    await insert_organization(store)
+    key, token = await insert_key(store)
+    secret_id = await observer.fetchval("SELECT id FROM secret WHERE digest = $1", digest(token))
+
+    async def lock() -> Key | None:
+        async with store.transaction() as transaction:
+            return await transaction.lock_key(key.id)
+
+    async with store.transaction() as transaction:
+        await transaction.lock_organization("acme")
+        waiting = await started_and_waiting(observer, lock())
+        assert await transaction.is_in_use(secret_id)
+    assert await waiting is not None
 
 
 async def test_no_two_wait_for_each_other(database_url: str, observer: Connection) -> None:

@@ -15,7 +15,7 @@ import pytest
 from latchgate.domain.errors import StorageUnavailableError, WriteUnknownError
 from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import KeyFilter
-from latchgate.storage.postgres import MANAGEMENT_TIMEOUT_S, Connection, Database
+from latchgate.storage.postgres import MANAGEMENT_TIMEOUT_S, Connection, Database, is_undone
 from latchgate.storage.stores import PostgresStore
 from support.databases import (
     DEADLINE_S,
@@ -40,6 +40,14 @@ class GivenUpError(Exception):
     """Raised by a test to have a transaction undone."""
 
 
+@pytest.fixture
+async def complaints() -> list[str]:
+    """What the driver reports to the event loop: transactions that it finds open, and errors that nobody saw."""
+    heard: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context["message"]))
+    return heard
+
+
 async def _stored(observer: Connection) -> list[str]:
     return [row["name"] for row in await observer.fetch("SELECT name FROM deployment ORDER BY name")]
 
@@ -56,7 +64,7 @@ async def _store_and_give_up(database: Database, name: str) -> None:
 
 
 async def test_block_that_ends_is_committed_and_one_that_raises_is_undone(
-    database: Database, observer: Connection
+    database: Database, observer: Connection, complaints: list[str]
 ) -> None:
     """A transaction holds when its block has ended, and is as if it never was when the block raised."""
     await _store(database, "a")
@@ -68,6 +76,7 @@ async def test_block_that_ends_is_committed_and_one_that_raises_is_undone(
 
     assert ["a"] == await _stored(observer)
     await assert_all_usable(database, observer)
+    assert [] == complaints
 
 
 async def test_transactions_see_what_others_commit(database: Database, observer: Connection) -> None:
@@ -145,6 +154,25 @@ async def test_error_that_the_server_answers_the_commit_with_is_no_riddle(
 
     assert [] == await _stored(observer)
     await assert_all_usable(database, observer)
+
+
+@pytest.mark.parametrize(
+    ("severity", "sqlstate", "expected"),
+    [
+        ("ERROR", "40001", True),
+        ("ERROR", "53100", True),
+        ("FATAL", "57P01", False),
+        ("PANIC", "53100", False),
+        ("ERROR", "08006", False),
+    ],
+)
+def test_only_a_server_that_goes_on_has_undone_a_commit(severity: str, sqlstate: str, expected: bool) -> None:
+    """Only what the server reports as an ERROR, and goes on after, is taken as its word that nothing was changed; a
+    server that ends the session, or itself, may have written the commit before.
+    """
+    fields = {"S": severity, "V": severity, "C": sqlstate, "M": "no"}
+    assert expected is is_undone(asyncpg.PostgresError.new(fields))
+    assert not is_undone(TimeoutError())
 
 
 @pytest.mark.parametrize("fault", Fault)
@@ -293,7 +321,7 @@ WORK: dict[str, Work] = {
 @pytest.mark.parametrize("more", [1, 2], ids=["once", "twice"])
 @pytest.mark.parametrize("name", WORK)
 async def test_cancellation_anywhere_leaves_nothing_behind(
-    database_url: str, observer: Connection, name: str, more: int
+    database_url: str, observer: Connection, complaints: list[str], name: str, more: int
 ) -> None:
     """A call that is cancelled at any of its waits, and then once more while it cleans up, leaves no transaction and no
     lock behind, no connection that could not be used, and no half of a change.
@@ -320,6 +348,7 @@ async def test_cancellation_anywhere_leaves_nothing_behind(
 
     assert 0 == halves
     assert number > 2
+    assert [] == complaints
 
 
 async def test_transaction_that_stands_still_is_ended_by_the_server(database: Database, observer: Connection) -> None:

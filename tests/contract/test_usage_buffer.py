@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from latchgate.domain.errors import StorageUnavailableError, WriteUnknownError
+from latchgate.storage import queries
 from latchgate.storage import usage as usage_module
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.stores import PostgresStore
@@ -15,6 +16,7 @@ from latchgate.storage.usage import UsageBuffer
 from support.databases import (
     Fault,
     assert_all_usable,
+    connected,
     fault_proxy,
     insert_key,
     insert_organization,
@@ -210,6 +212,31 @@ async def test_flushes_at_the_same_time_do_not_wait_for_each_other_in_a_circle(
             await asyncio.gather(*(usage.flush() for usage in workers))
 
     assert {NOON + 35 * SECOND} == set(await _times(observer))
+
+
+async def test_rows_are_locked_in_the_order_of_their_ids(
+    database_url: str, database: Database, store: PostgresStore, observer: Connection
+) -> None:
+    """A flush that waits for a row holds none with a higher id, whatever the order in which times come and however the
+    server joins: so no two can wait for each other.
+    """
+    low, high = await _secrets(store, observer, 2)
+    statement = "SELECT 1 FROM last_used WHERE secret_id = $1 FOR UPDATE NOWAIT"
+
+    async def flush() -> None:
+        async with database.transaction() as connection:
+            for kind in ("hashjoin", "mergejoin", "seqscan", "material"):
+                await connection.execute(f"SET LOCAL enable_{kind} = off")
+            await connection.execute(queries.LAST_USED_UPDATE, [high, low], [NOON, NOON])
+
+    async with connected(database_url) as other:
+        async with other.transaction():
+            await other.execute(statement, low)
+            flushing = await started_and_waiting(observer, flush())
+            assert 1 == await observer.fetchval(statement, high)
+        await flushing
+
+    assert [NOON, NOON] == await _times(observer)
 
 
 async def test_flush_does_not_wait_for_the_disk(database: Database, store: PostgresStore, observer: Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -220,4 +221,14 @@ def test_unexpected_fault(failing: Failing, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("latchgate.config.load", fail)
     status, complaint = failing()
     assert_one_line(complaint, "RuntimeError", "cli.py")
+    assert 1 == status
+
+
+def test_missing_package(failing: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation that lacks a package is told by the package's name."""
+    monkeypatch.delitem(sys.modules, "latchgate.commands")
+    monkeypatch.delattr("latchgate.commands")
+    monkeypatch.setitem(sys.modules, "latchgate.app", None)
+    status, complaint = failing()
+    assert_one_line(complaint, "installation", "latchgate.app")
     assert 1 == status

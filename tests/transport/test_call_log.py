@@ -185,18 +185,20 @@ async def test_lines_of_libraries(capsys: pytest.CaptureFixture[str], *, as_json
         except ValueError:
             library.exception("Invalid encoding on %s\nmore: secret-value", b"secret-value", stack_info=True)
 
+        library.error("Arguments that do not fit: %d", "secret-value")
+
     written = capsys.readouterr().err
     assert "secret-value" not in written
     assert "Traceback" not in written
     assert "Stack (" not in written
     lines = written.splitlines()
-    assert 8 == len(lines)
-    for line in lines[1::2]:
+    assert 12 == len(lines)
+    for line in lines[1::3]:
         assert "Invalid encoding on %s" in line
         assert "ValueError" in line
     if as_json:
         assert ["asyncpg", "grpc._cython.cygrpc", "asyncio", "alembic"] == [
-            json.loads(line)["logger"] for line in lines[::2]
+            json.loads(line)["logger"] for line in lines[::3]
         ]
 
 

@@ -99,7 +99,7 @@ async def test_watcher_is_told_of_each_change(name: str) -> None:
 
 async def test_stop_says_so_and_ends_watches() -> None:
     """A server that stops tells watchers NOT_SERVING and ends their streams: they do not hold it up for the whole
-    grace, and nothing makes it SERVING again.
+    grace.
     """
     async with health_server() as (server, stub):
         await server.set_serving(is_serving=True)
@@ -112,8 +112,16 @@ async def test_stop_says_so_and_ends_watches() -> None:
 
         assert [NOT_SERVING, NOT_SERVING, NOT_SERVING, None] == [await told(each) for each in watched]
         assert [None, None, None] == [await told(each) for each in watched[:3]]
-        await server.set_serving(is_serving=True)
         assert grpc.StatusCode.UNAVAILABLE == (await refusal(stub.Check(health_pb2.HealthCheckRequest()))).code
+
+
+async def test_stopping_is_for_good() -> None:
+    """Once a server has begun to stop, nothing makes it SERVING again, not even a database that comes back."""
+    async with health_server() as (server, stub):
+        await server.set_serving(is_serving=True)
+        server.health.stop()
+        await server.set_serving(is_serving=True)
+        assert NOT_SERVING == await check(stub, "")
 
 
 async def test_watcher_that_does_not_read_holds_up_nobody() -> None:

@@ -68,6 +68,7 @@ _SOURCE: Final = {
 }
 _FROM_KEY_TYPE: Final = {number: value for value, number in _KEY_TYPE.items()}
 _FROM_ENVIRONMENT: Final = {number: value for value, number in _ENVIRONMENT.items()}
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _FROM_STATE: Final = {number: value for value, number in _STATE.items()}
 
 
@@ -77,6 +78,13 @@ def _timestamp(time: datetime | None) -> timestamp_pb2.Timestamp | None:
     message = timestamp_pb2.Timestamp()
     message.FromDatetime(time)
     return message
+
+
+def _set_time(message: timestamp_pb2.Timestamp, time: datetime) -> None:
+    """Does what FromDatetime does in a fraction of its time, which counts on the hot path."""
+    since = time - _EPOCH
+    message.seconds = since.days * 86_400 + since.seconds
+    message.nanos = since.microseconds * 1000
 
 
 def _time(message: timestamp_pb2.Timestamp, field: str) -> datetime:
@@ -305,13 +313,14 @@ def validate_response(verdict: Verdict) -> key_service_pb2.ValidateResponse:
     response.key_type = _KEY_TYPE[record.key_type]
     response.environment = _ENVIRONMENT[record.environment]
     response.permissions.extend(record.permissions)
-    response.create_time.FromDatetime(record.create_time)
+    _set_time(response.create_time, record.create_time)
     if record.end_time is not None:
-        response.expire_time.FromDatetime(record.end_time)
+        _set_time(response.expire_time, record.end_time)
     if record.metadata:
         response.metadata.update(record.metadata)
     if verdict.rate is not None and verdict.now is not None:
         response.rate_limit.limit = verdict.rate.limit
         response.rate_limit.remaining = verdict.rate.remaining
-        response.rate_limit.reset_time.FromDatetime(verdict.now + timedelta(seconds=verdict.rate.reset_after_s))
+        reset_time = verdict.now + timedelta(seconds=verdict.rate.reset_after_s)
+        _set_time(response.rate_limit.reset_time, reset_time)
     return response

@@ -220,7 +220,7 @@ async def _commit(connection: Connection, transaction: asyncpg.transaction.Trans
     try:
         await transaction.commit()
     except (asyncpg.PostgresError, *_AWAY) as error:
-        if _is_undone(error):
+        if is_undone(error):
             raise
     else:
         return
@@ -231,7 +231,7 @@ async def _commit(connection: Connection, transaction: asyncpg.transaction.Trans
     )
 
 
-def _is_undone(error: Exception) -> bool:
+def is_undone(error: Exception) -> bool:
     """Says whether a failed commit has changed nothing: only an ERROR is sent by a server that goes on and knows.
 
     With FATAL the session ends and with PANIC the whole server, which may be after the commit was written.
