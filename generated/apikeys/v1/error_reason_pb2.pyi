@@ -45,8 +45,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_ROOT_REQUIRED: _ErrorReason.ValueType  # 10
     """PERMISSION_DENIED. Only a root key may call the method."""
     ERROR_REASON_PERMISSION_NOT_HELD: _ErrorReason.ValueType  # 11
-    """PERMISSION_DENIED. A key can not be given, and a token not be had for, permissions that the caller lacks. Metadata
-    `permission`: the first that is lacking.
+    """PERMISSION_DENIED. A key can not be given permissions that the caller lacks, and a key that has such can neither be
+    rotated nor be made usable again (switched on, given a later expiry or other networks). Metadata `permission`: the first
+    that is lacking.
     """
     ERROR_REASON_CALLER_RATE_LIMITED: _ErrorReason.ValueType  # 12
     """RESOURCE_EXHAUSTED. The caller's key is over its rate limit. google.rpc.RetryInfo says when to try again."""
@@ -122,8 +123,9 @@ ERROR_REASON_PERMISSION_MISSING: ErrorReason.ValueType  # 9
 ERROR_REASON_ROOT_REQUIRED: ErrorReason.ValueType  # 10
 """PERMISSION_DENIED. Only a root key may call the method."""
 ERROR_REASON_PERMISSION_NOT_HELD: ErrorReason.ValueType  # 11
-"""PERMISSION_DENIED. A key can not be given, and a token not be had for, permissions that the caller lacks. Metadata
-`permission`: the first that is lacking.
+"""PERMISSION_DENIED. A key can not be given permissions that the caller lacks, and a key that has such can neither be
+rotated nor be made usable again (switched on, given a later expiry or other networks). Metadata `permission`: the first
+that is lacking.
 """
 ERROR_REASON_CALLER_RATE_LIMITED: ErrorReason.ValueType  # 12
 """RESOURCE_EXHAUSTED. The caller's key is over its rate limit. google.rpc.RetryInfo says when to try again."""

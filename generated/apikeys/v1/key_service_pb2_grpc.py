@@ -140,14 +140,15 @@ class KeyServiceServicer:
 
     def UpdateKey(self, request, context):
         """Changes a key's name, permissions, rate limit, expiry, metadata or networks. Needs `keys:write`, and every permission
-        that is added.
+        that is added; to let a key live longer or be used from other networks, every permission that it has.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ToggleKey(self, request, context):
-        """Switches a key off or on. With `active` it can be repeated safely; without, it flips. Needs `keys:write`.
+        """Switches a key off or on. With `active` it can be repeated safely; without, it flips. Needs `keys:write`, and to switch
+        a key on every permission that it has.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,10 +36,12 @@ class KeyServiceStub:
     """
     UpdateKey: _aio.UnaryUnaryMultiCallable[_key_service_pb2.UpdateKeyRequest, _key_service_pb2.UpdateKeyResponse]
     """Changes a key's name, permissions, rate limit, expiry, metadata or networks. Needs `keys:write`, and every permission
-    that is added.
+    that is added; to let a key live longer or be used from other networks, every permission that it has.
     """
     ToggleKey: _aio.UnaryUnaryMultiCallable[_key_service_pb2.ToggleKeyRequest, _key_service_pb2.ToggleKeyResponse]
-    """Switches a key off or on. With `active` it can be repeated safely; without, it flips. Needs `keys:write`."""
+    """Switches a key off or on. With `active` it can be repeated safely; without, it flips. Needs `keys:write`, and to switch
+    a key on every permission that it has.
+    """
     RotateKey: _aio.UnaryUnaryMultiCallable[_key_service_pb2.RotateKeyRequest, _key_service_pb2.RotateKeyResponse]
     """Gives a key a new token, shown in this answer alone. The old token is refused at once, or at the end of a grace period
     during which both work. A further rotation within the grace ends the oldest token at once. The last root key can not be
@@ -111,7 +113,7 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_key_service_pb2.UpdateKeyRequest, _abc.Awaitable[_key_service_pb2.UpdateKeyResponse]],
     ) -> _abc.Awaitable[_key_service_pb2.UpdateKeyResponse]:
         """Changes a key's name, permissions, rate limit, expiry, metadata or networks. Needs `keys:write`, and every permission
-        that is added.
+        that is added; to let a key live longer or be used from other networks, every permission that it has.
         """
 
     @_abc_1.abstractmethod
@@ -120,7 +122,9 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_service_pb2.ToggleKeyRequest,
         context: _aio.ServicerContext[_key_service_pb2.ToggleKeyRequest, _abc.Awaitable[_key_service_pb2.ToggleKeyResponse]],
     ) -> _abc.Awaitable[_key_service_pb2.ToggleKeyResponse]:
-        """Switches a key off or on. With `active` it can be repeated safely; without, it flips. Needs `keys:write`."""
+        """Switches a key off or on. With `active` it can be repeated safely; without, it flips. Needs `keys:write`, and to switch
+        a key on every permission that it has.
+        """
 
     @_abc_1.abstractmethod
     def RotateKey(
