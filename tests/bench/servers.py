@@ -158,7 +158,10 @@ async def noop(answer: pb.ValidateResponse, core: int, folder: Path) -> AsyncIte
     script, file, log = Path(__file__).with_name("noop.py"), folder / "answer", folder / "noop.log"
     file.write_bytes(answer.SerializeToString())
     async with _process([str(script), str(port), str(file)], core=core, environment=os.environ, log=log) as process:
-        yield Target(pid=process.pid, port=port, answer=await _first_answer(process, port, "", log))
+        given = await _first_answer(process, port, "", log)
+        if given != answer:
+            raise BenchError("the no-op answers with something else than it was told")
+        yield Target(pid=process.pid, port=port, answer=given)
 
 
 @asynccontextmanager

@@ -92,7 +92,8 @@ def test_calls_are_counted_while_all_connections_were_at_work() -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "log"), [("h2load: unknown option", "1\t200\t1\n"), (H2LOAD, ""), (H2LOAD, "1\t200\t1\n")]
+    ("output", "log"),
+    [("h2load: unknown option", "1\t200\t1\n9\t200\t1\n"), (H2LOAD, ""), (H2LOAD, "1\t200\t1\n")],
 )
 def test_what_h2load_does_not_say_is_not_made_up(output: str, log: str) -> None:
     """Results in another form, and connections without answers or with too few, are an error and no figure."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -74,7 +75,7 @@ def _alive(pids: set[int]) -> set[int]:
 @needs_h2load
 @needs_two_cores
 async def test_a_run_writes_a_page_and_leaves_nothing_behind(postgres_url: str, tmp_path: Path) -> None:
-    """A run gives figures for every number of keys, writes them to the page, and drops the databases that it made."""
+    """A run gives figures for each number of keys, asks for many keys, writes a page, and drops its databases."""
     output = tmp_path / "page.md"
     with _bench(*SMALLEST, "--output", str(output), environment={"LATCHGATE_DATABASE_URL": postgres_url}) as process:
         said, complaints = process.communicate(timeout=100)
@@ -85,6 +86,10 @@ async def test_a_run_writes_a_page_and_leaves_nothing_behind(postgres_url: str, 
         assert f"\n| {keys}| " in page
         assert f"round 1  {keys:>10}keys: Validate" in said
     assert "Validate over no-op with 1,000 keys: " in page
+    asked = re.search(r"([0-9,]+) of 1,000 keys were asked for", " ".join(page.split()))
+    # Not the same four again and again, although h2load repeats itself.
+    assert asked is not None
+    assert int(asked[1].replace(",", "")) > 40
     assert [] == await _databases(postgres_url)
 
 

@@ -87,9 +87,13 @@ def observer() -> Observer:
     return Observer()
 
 
-def make_reader(statements: Statements, observer: Observer, connections: int = 1) -> BatchingKeyReader:
+def make_reader(
+    statements: Statements, observer: Observer, connections: int = 1, spacing_s: float = 0.0
+) -> BatchingKeyReader:
     """The reader over statements that the test answers."""
-    return BatchingKeyReader(statements.find, connections=connections, observer=observer, monotonic=ManualClock())
+    return BatchingKeyReader(
+        statements.find, connections=connections, observer=observer, monotonic=ManualClock(), spacing_s=spacing_s
+    )
 
 
 def started(reader: BatchingKeyReader, *digests: bytes) -> list[asyncio.Task[Lookup]]:
@@ -149,6 +153,47 @@ async def test_lookups_gather_while_all_connections_are_at_work(statements: Stat
     assert [A, B, C] == await statements.answer(3)
     held[0][1].set_result(dict.fromkeys(held[0][0], lookup(1)))
     assert [lookup(1), lookup(2), *[lookup(3)] * 3] == await asyncio.gather(*first, *second, *third)
+
+
+async def test_statements_are_kept_apart_where_lookups_come_in_numbers(
+    statements: Statements, observer: Observer
+) -> None:
+    """After a statement for several, the next one waits for a moment, although a connection is free: all that come
+    meanwhile go out with it, and none is answered by the one before.
+    """
+    reader = make_reader(statements, observer, connections=2, spacing_s=0.2)
+    first = await asked(reader, A, B)
+    assert [A, B] == await statements.answer(1)
+    second = [*await asked(reader, A), *await asked(reader, C)]
+    assert statements.sent.empty()
+
+    assert [A, C] == await statements.answer(2)
+    assert [lookup(1), lookup(1), lookup(2), lookup(2)] == await asyncio.gather(*first, *second)
+
+
+async def test_lookup_that_comes_alone_waits_for_nothing(statements: Statements, observer: Observer) -> None:
+    """Where lookups come one by one, each is sent at once."""
+    reader = make_reader(statements, observer, spacing_s=3600)
+    for revision in range(3):
+        (task,) = await asked(reader, A)
+        assert [A] == await statements.answer(revision)
+        assert lookup(revision) == await task
+
+
+async def test_close_does_not_wait_for_a_statement_that_is_kept_apart(
+    statements: Statements, observer: Observer
+) -> None:
+    """When the service stops, those whose statement was to be sent later are told so at once."""
+    reader = make_reader(statements, observer, spacing_s=3600)
+    first = await asked(reader, A, B)
+    await statements.answer(1)
+    await asyncio.gather(*first)
+    (waiting,) = await asked(reader, C)
+
+    await reader.close()
+
+    with pytest.raises(StorageUnavailableError):
+        await waiting
 
 
 async def test_batch_is_bounded(statements: Statements, observer: Observer) -> None:

@@ -388,10 +388,10 @@ async def test_lists_are_stable_under_writes(store: PostgresStore) -> None:
     """
     await insert_organization(store)
     await insert_organization(store, "other")
-    made = []
+    made, others = [], []
     for _ in range(6):
         made.append((await insert_key(store))[0])
-        await insert_key(store, "other")
+        others.append((await insert_key(store, "other"))[0])
     wanted = KeyFilter(organization_id="acme")
 
     first = await store.list_keys(wanted, "", 3)
@@ -403,6 +403,8 @@ async def test_lists_are_stable_under_writes(store: PostgresStore) -> None:
 
     assert [key.id for key in reversed(made)] == [key.id for key in (*first, *second)]
     assert [] == third
+    listed = await store.list_keys(KeyFilter(organization_id="other"), "", 100)
+    assert [key.id for key in reversed(others)] == [key.id for key in listed]
 
 
 async def test_filters_give_what_keys_say_of_themselves(store: PostgresStore, observer: Connection) -> None:

@@ -123,7 +123,7 @@ async def test_migration_does_not_hold_up_those_who_validate(
         await other.execute("BEGIN")
         await other.execute("CREATE TABLE plan ()")
         with pytest.raises(StorageUnavailableError, match="LockNotAvailableError"):
-            await migrate(empty_database_url)
+            await migrate(empty_database_url, lock_wait_s=3600)
         await other.execute("ROLLBACK")
         assert set() == await _tables(other)
 

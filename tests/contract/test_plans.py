@@ -11,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
-from latchgate.domain.model import KeyFilter, KeyState
+from latchgate.domain.model import KeyFilter
 from latchgate.storage import queries
 from latchgate.storage.lookups import find_many
 from latchgate.storage.postgres import Connection, Database, lent
@@ -203,17 +203,13 @@ async def test_publishable_key_is_not_searched_among_all(filled: Database) -> No
 
 async def test_lists_are_planned_for_their_filters(filled_url: str) -> None:
     """However often keys were listed, the next list is planned for its own filters: a plan for any filters would not
-    know which index serves them.
+    know which index serves them, and yet look cheaper for long pages.
     """
-    filters = [
-        KeyFilter(organization_id="old"),
-        KeyFilter(organization_id="old", user_id="u1"),
-        KeyFilter(organization_id="old", state=KeyState.ACTIVE),
-    ]
     async with opened(filled_url, pool_size=1) as database:
         store = PostgresStore(database)
-        for key_filter in filters * 7:
-            await store.list_keys(key_filter, "", 5)
+        for user_id in ("", "u1"):
+            for _ in range(7):
+                await store.list_keys(KeyFilter(organization_id="old", user_id=user_id), "", 1001)
         async with database.connection() as connection:
             generic = await connection.fetchval(
                 "SELECT coalesce(sum(generic_plans), 0) FROM pg_prepared_statements WHERE statement = ANY ($1::text[])",

@@ -165,7 +165,7 @@ async def test_interrupted_first_start(folder: Path) -> None:
         await process.line("Making a PostgreSQL")
 
         async def is_begun() -> bool:
-            return await asyncio.to_thread((data / "postgres" / "base").exists)
+            return await asyncio.to_thread((data / "postgres" / "global" / "pg_control").exists)
 
         await until(is_begun)
         process.tell_group(signal.SIGINT)

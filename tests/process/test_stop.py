@@ -134,6 +134,28 @@ async def test_stop_under_load(database_url: str, tmp_path: Path) -> None:
         assert load.created == await connection.fetchval("SELECT count(*) FROM key WHERE name = 'under load'")
 
 
+async def test_stop_cancels_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that ask again as soon as they are answered lose no call to the stop: each of them finds a closed port.
+
+    Left to itself, grpc cancels calls that have arrived and not reached their handlers.
+    """
+    monkeypatch.setattr("latchgate.draining.QUIET_S", 0.1)
+    monkeypatch.setattr("latchgate.draining.MAX_HOLD_S", 2.0)
+    load = Load()
+    async with run_service(database_url) as service:
+        await service.create_organization("acme")
+        validation = keys_pb.ValidateRequest(token=(await service.create_key()).token)
+        clients = [
+            asyncio.create_task(
+                load.keep_asking(service.address, lambda stub: stub.Validate(validation), creates=False)
+            )
+            for _ in range(2 * CLIENTS)
+        ]
+        await asyncio.wait_for(load.is_at_work.wait(), 30)
+    await asyncio.gather(*clients)
+    assert {(True, "UNAVAILABLE"): 2 * CLIENTS} == load.refused
+
+
 async def test_stop_finishes_calls(database_url: str, tmp_path: Path) -> None:
     """Told to stop, the service first says NOT_SERVING, then takes no calls, finishes those under way, and writes last
     uses; then it ends with status 0.

@@ -89,7 +89,7 @@ async def moments(service: RunningService, method: str, request: Message) -> lis
     start_s = time.perf_counter()
     await call(service, method, request)
     lasted_s = time.perf_counter() - start_s
-    return [1.2 * lasted_s * index / MOMENTS for index in range(MOMENTS)]
+    return [1.5 * lasted_s * index / MOMENTS for index in range(MOMENTS)]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -103,12 +103,13 @@ async def test_cancelled_at_any_moment(shared_service: RunningService, method: s
     before = at_work()
 
     codes = set()
-    for index, moment_s in enumerate(
-        await moments(shared_service, method, good_request(method, key_id=keys[0].id, token=token))
-    ):
-        request = good_request(method, key_id=keys[index % 4].id, token=token)
-        started = call_raw(shared_service.channel, method, request.SerializeToString(), metadata=shared_service.root)
-        codes.add(await given_up(started, moment_s))
+    # On a busy machine calls may be given up before they arrive; then their times are measured anew.
+    while not calls(shared_service, method, "CANCELLED"):
+        first = good_request(method, key_id=keys[0].id, token=token)
+        for index, moment_s in enumerate(await moments(shared_service, method, first)):
+            raw = good_request(method, key_id=keys[index % 4].id, token=token).SerializeToString()
+            started = call_raw(shared_service.channel, method, raw, metadata=shared_service.root)
+            codes.add(await given_up(started, moment_s))
 
     assert grpc.StatusCode.CANCELLED in codes
     assert codes <= {
@@ -118,7 +119,6 @@ async def test_cancelled_at_any_moment(shared_service: RunningService, method: s
         grpc.StatusCode.FAILED_PRECONDITION,
     }
     await assert_nothing_is_left(shared_service, before)
-    assert calls(shared_service, method, "CANCELLED") > 0
 
 
 async def test_cancelled_together(shared_service: RunningService) -> None:

@@ -74,6 +74,16 @@ async def test_not_serving_until_told() -> None:
         assert [NOT_SERVING] * 3 == [await check(stub, name) for name in NAMES]
 
 
+async def test_list_shows_all_services() -> None:
+    """List answers for the server and each of its services at once."""
+    messages: Any = health_pb2  # the published types do not have those of List
+    async with health_server() as (server, stub):
+        for is_serving, expected in ((False, NOT_SERVING), (True, SERVING)):
+            await server.set_serving(is_serving=is_serving)
+            listed = await stub.List(messages.HealthListRequest(), timeout=DEADLINE_S)
+            assert dict.fromkeys(NAMES, expected) == {name: each.status for name, each in listed.statuses.items()}
+
+
 @pytest.mark.parametrize("name", ["apikeys.v1.Nothing", "apikeys.v1.KeyService ", "\0", "KeyService", "a" * 10_000])
 async def test_unknown_service_is_not_found(name: str) -> None:
     """A service that is not served here is NOT_FOUND to Check; Watch says so and goes on, as the protocol has it."""

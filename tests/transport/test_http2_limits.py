@@ -112,6 +112,7 @@ async def test_ping_is_answered(shared_service: RunningService) -> None:
 async def test_flood_of_pings_is_cut_off(shared_service: RunningService) -> None:
     """A client that does nothing but ping is told ENHANCE_YOUR_CALM and cut off; others are not."""
     async with Http2.connected(port(shared_service)) as connection:
+        await connection.settings()
         for _ in range(4):
             await connection.send(Http2.PING, 0, 0, b"latchgat")
         goaway = await connection.frame(Http2.GOAWAY)

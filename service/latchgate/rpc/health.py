@@ -48,7 +48,13 @@ class Health(health_pb2_grpc.HealthServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service is served here")
         return health_pb2.HealthCheckResponse(status=self._status)
 
-    async def Watch(  # noqa: N802 - named by the protocol
+    async def List(self, _request: Any, _context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802 - as above
+        """Answers once, for all services."""
+        messages: Any = health_pb2  # the published types do not have those of List
+        status = health_pb2.HealthCheckResponse(status=self._status)
+        return messages.HealthListResponse(statuses=dict.fromkeys(self._services, status))
+
+    async def Watch(  # noqa: N802 - as above
         self, request: health_pb2.HealthCheckRequest, _context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Answers at once, and again whenever the answer has changed. What a slow reader has missed is left out."""
