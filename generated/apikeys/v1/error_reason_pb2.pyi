@@ -27,7 +27,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_MALFORMED_REQUEST: _ErrorReason.ValueType  # 1
     """INVALID_ARGUMENT. The bytes of the request are no message of the method's request type."""
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 2
-    """INVALID_ARGUMENT. Fields break a rule. google.rpc.BadRequest names each of them and says what it must be."""
+    """INVALID_ARGUMENT. Fields break a rule. google.rpc.BadRequest names them, the first ones if they are many, and says what
+    each must be.
+    """
     ERROR_REASON_PAGE_TOKEN_INVALID: _ErrorReason.ValueType  # 3
     """INVALID_ARGUMENT. The page_token was not made by this service for the same caller, organization and filters."""
     ERROR_REASON_SCOPE_UNKNOWN: _ErrorReason.ValueType  # 4
@@ -35,7 +37,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_CREDENTIALS_MISSING: _ErrorReason.ValueType  # 5
     """UNAUTHENTICATED. The call carries no `authorization: Bearer <token>`."""
     ERROR_REASON_CREDENTIALS_INVALID: _ErrorReason.ValueType  # 6
-    """UNAUTHENTICATED. The call's token is not accepted. Metadata `outcome`: what Validate says of it."""
+    """UNAUTHENTICATED. The call's token is not accepted. Metadata `outcome`: what Validate says of it; left out where the
+    `authorization` metadata holds no one token.
+    """
     ERROR_REASON_ORGANIZATION_INACTIVE: _ErrorReason.ValueType  # 7
     """PERMISSION_DENIED. The caller's organization is inactive."""
     ERROR_REASON_ADDRESS_DENIED: _ErrorReason.ValueType  # 8
@@ -105,7 +109,9 @@ ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 ERROR_REASON_MALFORMED_REQUEST: ErrorReason.ValueType  # 1
 """INVALID_ARGUMENT. The bytes of the request are no message of the method's request type."""
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 2
-"""INVALID_ARGUMENT. Fields break a rule. google.rpc.BadRequest names each of them and says what it must be."""
+"""INVALID_ARGUMENT. Fields break a rule. google.rpc.BadRequest names them, the first ones if they are many, and says what
+each must be.
+"""
 ERROR_REASON_PAGE_TOKEN_INVALID: ErrorReason.ValueType  # 3
 """INVALID_ARGUMENT. The page_token was not made by this service for the same caller, organization and filters."""
 ERROR_REASON_SCOPE_UNKNOWN: ErrorReason.ValueType  # 4
@@ -113,7 +119,9 @@ ERROR_REASON_SCOPE_UNKNOWN: ErrorReason.ValueType  # 4
 ERROR_REASON_CREDENTIALS_MISSING: ErrorReason.ValueType  # 5
 """UNAUTHENTICATED. The call carries no `authorization: Bearer <token>`."""
 ERROR_REASON_CREDENTIALS_INVALID: ErrorReason.ValueType  # 6
-"""UNAUTHENTICATED. The call's token is not accepted. Metadata `outcome`: what Validate says of it."""
+"""UNAUTHENTICATED. The call's token is not accepted. Metadata `outcome`: what Validate says of it; left out where the
+`authorization` metadata holds no one token.
+"""
 ERROR_REASON_ORGANIZATION_INACTIVE: ErrorReason.ValueType  # 7
 """PERMISSION_DENIED. The caller's organization is inactive."""
 ERROR_REASON_ADDRESS_DENIED: ErrorReason.ValueType  # 8
