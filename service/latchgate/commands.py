@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -88,6 +89,9 @@ async def _serve(settings: Settings, welcome: Welcome, farewell: Callable[[], No
         async with serving(settings) as running:
             ready = await _unless_stopped(stopping, running.ready)
             if ready is not None:
+                # What is there now stays: the collector need not look through it again and again while calls wait.
+                gc.collect()
+                gc.freeze()
                 await _unless_stopped(stopping, welcome(running, ready))
                 await _unless_stopped(stopping, running.background.death())
             farewell()

@@ -179,20 +179,21 @@ async def test_nothing_is_lost_when_it_is_not_known_whether_it_was_written(
 async def test_flush_that_is_cancelled_keeps_what_it_took(
     database: Database, store: PostgresStore, observer: Connection
 ) -> None:
-    """A service that stops in the middle of a flush has the times still, for its last one."""
+    """A service that stops in the middle of a flush has the times still, for its last one, and the latest of each."""
     (secret_id,) = await _secrets(store, observer, 1)
     usage = UsageBuffer(database)
     usage.record(secret_id, NOON)
     async with database.transaction() as holder:
         await holder.execute("SELECT 1 FROM last_used FOR UPDATE")
         flush = await started_and_waiting(observer, usage.flush())
+        usage.record(secret_id, NOON + SECOND)
         flush.cancel()
         await asyncio.wait({flush})
     assert flush.cancelled()
     assert 1 == usage.pending
 
     await usage.flush()
-    assert [NOON] == await _times(observer)
+    assert [NOON + SECOND] == await _times(observer)
     await assert_all_usable(database, observer)
 
 

@@ -25,7 +25,8 @@ MANAGEMENT_TIMEOUT_S = 6.0
 LOOKUP_TIMEOUT_S = 1.0
 ROLLBACK_TIMEOUT_S = 1.0
 CLOSE_TIMEOUT_S = 5.0
-LOOKUP_CONNECTIONS = 2
+# One statement at a time: while it is under way, the lookups of the next one gather.
+LOOKUP_CONNECTIONS = 1
 
 # Whatever the address names: a standby answers from the past, and can not be written.
 SESSION_KIND = SessionAttribute.primary
