@@ -15,6 +15,7 @@ import pytest
 from latchgate.domain.errors import StorageUnavailableError, WriteUnknownError
 from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import KeyFilter
+from latchgate.storage.lookups import find_many
 from latchgate.storage.postgres import MANAGEMENT_TIMEOUT_S, Connection, Database, is_undone
 from latchgate.storage.stores import PostgresStore
 from support.databases import (
@@ -265,8 +266,14 @@ async def test_silence_is_told_from_refusal(database_url: str) -> None:
                 proxy.freeze()
                 await connection.execute("SELECT 1")
 
+        async def freeze_before_lookup() -> None:
+            find = find_many(database)
+            await find([b"a" * 32])
+            proxy.freeze()
+            await find([b"a" * 32])
+
         answers: list[type[BaseException]] = []
-        for work in (freeze_before_statement, freeze_before_commit, freeze_before_query):
+        for work in (freeze_before_statement, freeze_before_commit, freeze_before_query, freeze_before_lookup):
             async with asyncio.timeout(DEADLINE_S):
                 with pytest.raises((StorageUnavailableError, WriteUnknownError)) as caught:
                     await work()
@@ -275,7 +282,8 @@ async def test_silence_is_told_from_refusal(database_url: str) -> None:
             await assert_all_usable(database, onlooker)
         stored = await _stored(onlooker)
 
-    assert [StorageUnavailableError, WriteUnknownError, StorageUnavailableError] == answers
+    away, unknown = StorageUnavailableError, WriteUnknownError
+    assert [away, unknown, away, away] == answers
     assert not {"a", "b"} & set(stored)
 
 

@@ -98,7 +98,7 @@ class BatchingKeyReader:
                 if pause_s > 0:
                     await asyncio.sleep(pause_s)
                 batch = self._take(MAX_BATCH)
-                if len(batch) > 1:
+                if sum(map(len, batch.values())) > 1:
                     self._next_s = self._monotonic() + self._spacing_s
                 if batch:
                     await self._answer(batch)
