@@ -46,7 +46,7 @@ from latchgate.storage.stores import PostgresStore
 from latchgate.storage.usage import UsageBuffer
 from latchgate.watch import DatabaseWatch, Figures, serve_metrics
 
-LOOKUP_SPACING_S: Final = 0.003
+LOOKUP_SPACING_S: Final = 0.004
 PROBE_INTERVAL_S: Final = 1.0
 PROBE_TIMEOUT_S: Final = 1.0
 FORGET_INTERVAL_S: Final = 30.0

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,10 +63,15 @@ def ending(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
             if value is not None:
                 monkeypatch.setenv(f"LATCHGATE_{name}", value)
         status: object = 0
+        # A command that goes on instead is told to stop; pytest's own time limit is not heard within its loop.
+        watchdog = threading.Timer(30, os.kill, (os.getpid(), signal.SIGTERM))
+        watchdog.start()
         try:
             main()
         except SystemExit as ended:
             status = ended.code
+        finally:
+            watchdog.cancel()
         assert isinstance(status, int)
         captured = capsys.readouterr()
         assert TRACEBACK not in captured.out + captured.err
