@@ -7,7 +7,8 @@ from datetime import datetime
 from latchgate.storage import queries
 from latchgate.storage.postgres import Database
 
-FLUSH_ROWS = 5000
+# Few, so that neither this process nor the database is long at one of them.
+FLUSH_ROWS = 500
 
 
 class UsageBuffer:
