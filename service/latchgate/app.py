@@ -19,7 +19,8 @@ from ulid import ULID
 
 from latchgate.background import Background
 from latchgate.config import Settings, SettingsError, ValidateAccess, load_scopes
-from latchgate.domain.effects import ImmediateEffects
+from latchgate.domain.cache import KeyCache
+from latchgate.domain.coherence import Coherence, LeaseTerms
 from latchgate.domain.errors import UnavailableError
 from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import Scope
@@ -29,6 +30,7 @@ from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.validation import ForeignLookupBudget, Validator
 from latchgate.draining import drain
 from latchgate.observability import Metrics
+from latchgate.rpc import convert
 from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
 from latchgate.rpc.pages import PageTokens
@@ -36,17 +38,24 @@ from latchgate.rpc.pipeline import Backend, Pipeline
 from latchgate.rpc.server import KEY_SERVICE, ORGANIZATION_SERVICE, ListenError, RpcServer, make_server
 from latchgate.rpc.tls import CertificateError, ReloadingCredentials, TlsFiles
 from latchgate.storage.bootstrap import RootKey, ensure_root_key, load_tag_key
+from latchgate.storage.coherence import Membership, forget_changes
+from latchgate.storage.effects import EffectPoller
 from latchgate.storage.embedded import EmbeddedDatabaseError, EmbeddedPostgres
-from latchgate.storage.lookups import BatchingKeyReader, find_many
+from latchgate.storage.link import Link
+from latchgate.storage.lookups import BatchingKeyReader, find_many, lookup_link
 from latchgate.storage.migrate import migrate
-from latchgate.storage.postgres import LOOKUP_CONNECTIONS, Database, translated
+from latchgate.storage.postgres import Database, translated
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.requests import RequestSealer, forget_requests
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.usage import UsageBuffer
 from latchgate.watch import DatabaseWatch, Figures, serve_metrics
 
+# Elsewhere than on Linux the monotonic clock does not stop.
+_BOOTTIME: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 LOOKUP_SPACING_S: Final = 0.004
+# For what tells workers of each other: a connection that is dead is to be known within a second.
+LINK_TIMEOUT_S: Final = 0.5
 PROBE_INTERVAL_S: Final = 1.0
 PROBE_TIMEOUT_S: Final = 1.0
 FORGET_INTERVAL_S: Final = 30.0
@@ -58,6 +67,11 @@ _log = structlog.get_logger("latchgate.app")
 
 class DatabaseRefusalError(Exception):
     """The database is there and refuses what a start needs. The message says what to look at."""
+
+
+def boottime() -> float:
+    """Gives seconds that go on while the machine is suspended, unlike those of time.monotonic on Linux."""
+    return time.clock_gettime(_BOOTTIME)
 
 
 def make_id(prefix: str) -> str:
@@ -223,35 +237,60 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:
     tokens = TokenFormat(tag_key, settings.token_prefixes)
     root_token = settings.root_token.get_secret_value() if settings.root_token else None
     root = await _patiently(lambda: ensure_root_key(database, tokens, make_id, root_token))
+    lookups = lookup_link(dsn)
+    stack.callback(lookups.cut)
     reader = BatchingKeyReader(
-        find_many(database),
-        connections=LOOKUP_CONNECTIONS,
+        find_many(lookups, convert.identity),
         observer=parts.metrics,
         monotonic=time.monotonic,
         spacing_s=LOOKUP_SPACING_S,
     )
     stack.push_async_callback(reader.close)
+    coherence = Coherence(
+        terms=LeaseTerms(length_s=settings.lease_seconds), cache=KeyCache(settings.cache_keys), boottime=boottime
+    )
+    membership = Membership(
+        link=Link(dsn, timeout_s=LINK_TIMEOUT_S),
+        listening=Link(dsn, timeout_s=LINK_TIMEOUT_S),
+        coherence=coherence,
+        boottime=boottime,
+        observer=parts.metrics,
+    )
+    stack.push_async_callback(membership.leave)
+    effects = EffectPoller(link=Link(dsn, timeout_s=LINK_TIMEOUT_S), boottime=boottime, poke=membership.poke)
+    stack.push_async_callback(effects.close)
     foreign = ForeignLookupBudget(time.monotonic)
     if root_token is not None:
         # Known from the start, so that a flood of invented foreign tokens can not keep root out.
         foreign.remember(digest(root_token), found=True)
-    limiter = WindowLimiter(time.monotonic)
-    parts.metrics.watch(Figures(database, parts.usage, foreign, background))
+    parts.metrics.watch(Figures(database, parts.usage, foreign, background, coherence))
     probe = DatabaseProbe(dsn, PROBE_TIMEOUT_S)
     stack.push_async_callback(probe.close)
-    validator = Validator(tokens=tokens, keys=reader, limiter=limiter, usage=parts.usage, foreign=foreign)
-    pipeline.connect(_backend(parts, tokens, tag_key, validator))
-    watch = DatabaseWatch(probe, server, parts.metrics, background)
+    validator = Validator(
+        tokens=tokens,
+        keys=reader,
+        memory=coherence,
+        limiter=WindowLimiter(time.monotonic),
+        usage=parts.usage,
+        foreign=foreign,
+    )
+    pipeline.connect(_backend(parts, tokens, tag_key, validator, effects))
+    watch = DatabaseWatch(probe, server, parts.metrics, background, coherence, reader)
     await watch.show(is_up=True)
+    background.keep("reading of the change log", membership.run())
     background.repeat("database watch", PROBE_INTERVAL_S, watch.look)
     background.repeat("writing of last-used times", settings.usage_flush_seconds, parts.usage.flush)
     background.repeat("clearing of request_ids", FORGET_INTERVAL_S, lambda: forget_requests(database))
+    background.repeat("clearing of the change log", FORGET_INTERVAL_S, lambda: forget_changes(database))
+    background.repeat("clearing of silent workers", FORGET_INTERVAL_S, effects.sweep)
     return Ready(root=root, schema_before=before, schema=schema)
 
 
-def _backend(parts: _Parts, tokens: TokenFormat, tag_key: bytes, validator: Validator) -> Backend:
+def _backend(
+    parts: _Parts, tokens: TokenFormat, tag_key: bytes, validator: Validator, effects: EffectPoller
+) -> Backend:
     """Puts the use cases together."""
-    store, effects, pages = PostgresStore(parts.database), ImmediateEffects(), PageTokens(tag_key)
+    store, pages = PostgresStore(parts.database), PageTokens(tag_key)
     keys = KeyManager(
         store=store,
         tokens=tokens,
@@ -265,7 +304,7 @@ def _backend(parts: _Parts, tokens: TokenFormat, tag_key: bytes, validator: Vali
         KEY_SERVICE.full_name: KeyService(keys=keys, validator=validator, pages=pages, outcomes=parts.metrics),
         ORGANIZATION_SERVICE.full_name: OrganizationService(organizations=organizations, pages=pages),
     }
-    return Backend(validator=validator, services=services)
+    return Backend(validator=validator, boottime=boottime, services=services)
 
 
 Result = TypeVar("Result")

@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, urlsplit
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from latchgate.domain.effects import MAX_LEASE_S
 from latchgate.domain.model import Environment, KeyType, Scope, ScopeSource
 from latchgate.domain.token import FOREIGN_MAX_LENGTH, Prefixes
 
@@ -130,6 +131,8 @@ class Settings(BaseSettings):
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = None
     data_dir: Path = Path(".latchgate")
     pool_size: int = Field(default=10, ge=1, le=1000)
+    lease_seconds: float = Field(default=10.0, ge=0.2, le=MAX_LEASE_S)
+    cache_keys: int = Field(default=200_000, ge=1)
     listen: Address = "127.0.0.1:50051"
     metrics_listen: Address = "127.0.0.1:9464"
     root_token: Secret | None = None

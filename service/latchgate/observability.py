@@ -13,6 +13,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.registry import Collector
 
+from latchgate.domain.coherence import Reading
 from latchgate.domain.model import Outcome
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -120,6 +121,16 @@ class Metrics:
         self._lookup_seconds = Histogram(
             "latchgate_lookup_seconds", "Time of a lookup statement.", buckets=_SECONDS, registry=registry
         )
+        self._readings = Counter(
+            "latchgate_log_readings", "Readings of the change log, by what they led to.", ["result"], registry=registry
+        )
+        self._changes = Counter("latchgate_changes_applied", "Changes that were applied.", registry=registry)
+        self._links_lost = Counter(
+            "latchgate_links_lost",
+            "Connections of their own that failed: to read the log, or to hear of news.",
+            ["link"],
+            registry=registry,
+        )
         self._outcome_counters = {outcome: self._outcomes.labels(outcome=outcome.name) for outcome in Outcome}
         self._answered = self._lookups.labels(result="answered")
         self._failed = self._lookups.labels(result="error")
@@ -152,6 +163,15 @@ class Metrics:
     def failed(self, size: int) -> None:
         """A statement for `size` digests was not answered."""
         self._failed.inc(size)
+
+    def reading(self, result: Reading, changes: int) -> None:
+        """The log of changes was read."""
+        self._readings.labels(result=result.value).inc()
+        self._changes.inc(changes)
+
+    def link_lost(self, link: str) -> None:
+        """A connection of the protocol between workers failed."""
+        self._links_lost.labels(link=link).inc()
 
     def watch(self, collector: Collector) -> None:
         """Adds figures that are read when they are scraped."""

@@ -12,9 +12,11 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from latchgate.background import Background
+from latchgate.domain.coherence import Coherence
 from latchgate.domain.validation import ForeignLookupBudget
 from latchgate.observability import Metrics
 from latchgate.rpc.server import ListenError, RpcServer
+from latchgate.storage.lookups import BatchingKeyReader
 from latchgate.storage.postgres import Database
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.usage import UsageBuffer
@@ -38,8 +40,18 @@ def serve_metrics(stack: AsyncExitStack, listen: str, metrics: Metrics) -> str:
 class DatabaseWatch:
     """Keeps health and metrics true to the database."""
 
-    def __init__(self, probe: DatabaseProbe, server: RpcServer, metrics: Metrics, background: Background) -> None:
+    def __init__(
+        self,
+        probe: DatabaseProbe,
+        server: RpcServer,
+        metrics: Metrics,
+        background: Background,
+        coherence: Coherence,
+        reader: BatchingKeyReader,
+    ) -> None:
         """Takes how to ask, and who is to know."""
+        self._coherence = coherence
+        self._reader = reader
         self._probe = probe
         self._server = server
         self._metrics = metrics
@@ -50,7 +62,11 @@ class DatabaseWatch:
         """Says that the database is up, or that it is away."""
         self._is_up = is_up
         self._metrics.database_up.set(int(is_up))
-        await self._server.set_serving(is_serving=is_up)
+        await self._say()
+
+    async def _say(self) -> None:
+        # While the lease lasts, what is in memory can be answered.
+        await self._server.set_serving(is_serving=self._is_up or self._coherence.lease_left_s > 0)
 
     async def look(self) -> None:
         """Asks the database, and says what is new."""
@@ -63,15 +79,26 @@ class DatabaseWatch:
         if is_up != self._is_up:
             (_log.info if is_up else _log.error)("database_back" if is_up else "database_away")
             await self.show(is_up=is_up)
+        elif not is_up:
+            await self._say()
+        if not is_up:
+            # Found out before a lookup has to wait for it.
+            self._reader.suspect()
 
 
 class Figures(Collector):
     """Figures that are read when they are scraped."""
 
     def __init__(
-        self, database: Database, usage: UsageBuffer, foreign: ForeignLookupBudget, background: Background
+        self,
+        database: Database,
+        usage: UsageBuffer,
+        foreign: ForeignLookupBudget,
+        background: Background,
+        coherence: Coherence,
     ) -> None:
         """Takes what to read."""
+        self._coherence = coherence
         self._database = database
         self._usage = usage
         self._foreign = foreign
@@ -95,6 +122,7 @@ class Figures(Collector):
             "Unknown tokens of foreign formats that were over the budget of lookups.",
             self._foreign.refused,
         )
+        yield from self._memory()
         failures = CounterMetricFamily(
             "latchgate_background_failures",
             "Work beside the calls that ended with an error which nobody expected; the log has it as work_failed.",
@@ -103,3 +131,22 @@ class Figures(Collector):
         for work, count in self._background.failures.items():
             failures.add_metric([work], count)
         yield failures
+
+    def _memory(self) -> Iterable[Metric]:
+        coherence = self._coherence
+        found = CounterMetricFamily(
+            "latchgate_memory_lookups", "Tokens that memory was asked about: hit or miss.", labels=["result"]
+        )
+        found.add_metric(["hit"], coherence.hits)
+        found.add_metric(["miss"], coherence.misses)
+        yield found
+        yield GaugeMetricFamily("latchgate_memory_keys", "Secrets in memory.", len(coherence.cache))
+        yield CounterMetricFamily(
+            "latchgate_memory_evictions", "Secrets that others have driven out of memory.", coherence.cache.evicted
+        )
+        yield GaugeMetricFamily(
+            "latchgate_lease_left_seconds", "For how long memory may still be answered from.", coherence.lease_left_s
+        )
+        yield GaugeMetricFamily(
+            "latchgate_applied_revision", "The newest change that is applied.", coherence.applied_revision
+        )

@@ -13,9 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 
-from latchgate.domain.effects import ImmediateEffects
 from latchgate.domain.keys import KeyManager
-from latchgate.domain.model import ROOT_ORGANIZATION_ID, Caller, Key, KeyDraft, NewKey
+from latchgate.domain.model import ROOT_ORGANIZATION_ID, Caller, Effect, Key, KeyDraft, KeyIdentity, NewKey
 from latchgate.domain.permissions import Grants
 from latchgate.domain.token import TokenFormat
 from latchgate.storage.postgres import Connection, Database
@@ -39,6 +38,19 @@ ROOT_CALLER = Caller(
 """Who makes the calls of tests, once `insert_organization` has stored its key: the first secret of a database."""
 
 _numbers = itertools.count(1)
+
+
+class ImmediateEffects:
+    """Waits for nobody, where there is no worker that answers from memory."""
+
+    async def wait(self, revision: int, until_s: float) -> Effect:
+        """Needs not wait."""
+        return Effect(revision=revision)
+
+
+def show(identity: KeyIdentity) -> bytes:
+    """Writes what is shown of a key in a form that a test can read."""
+    return repr(identity).encode()
 
 
 def next_id(prefix: str) -> str:
@@ -144,14 +156,14 @@ async def started_and_waiting(
 
 
 async def assert_all_usable(database: Database, observer: Connection) -> None:
-    """Demands that every place of both pools can be had at once, works, and that no session has left anything open."""
-    for pool in (database.management, database.lookups):
-        async with asyncio.timeout(DEADLINE_S):
-            connections = [await pool.acquire() for _ in range(pool.get_max_size())]
-        answers = [await connection.fetchval("SELECT 1") for connection in connections]
-        for connection in connections:
-            await pool.release(connection)
-        assert [1] * pool.get_max_size() == answers
+    """Demands that every place of the pool can be had at once, works, and that no session has left anything open."""
+    pool = database.management
+    async with asyncio.timeout(DEADLINE_S):
+        connections = [await pool.acquire() for _ in range(pool.get_max_size())]
+    answers = [await connection.fetchval("SELECT 1") for connection in connections]
+    for connection in connections:
+        await pool.release(connection)
+    assert [1] * pool.get_max_size() == answers
 
     async def is_clean() -> bool:
         left_open: bool = await observer.fetchval(

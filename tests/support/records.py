@@ -5,6 +5,7 @@ A test takes one of the values and changes what it is about with `dataclasses.re
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
@@ -29,40 +30,34 @@ KEY_RECORD = KeyRecord(
     key_id="key_01jv5s7kqd0000000000000007",
     organization_id="acme",
     organization_active=True,
-    key_name="billing",
-    key_type=KeyType.SECRET,
-    environment=Environment.LIVE,
-    permissions=(),
+    plan_id="default",
     grants=Grants(()),
     networks=(),
     rate_limit_per_minute=0,
     active=True,
     revoked=False,
-    expire_time=None,
-    secret_end_time=None,
-    create_time=NOW - timedelta(days=30),
-    user_id="u-1",
-    user_email="ann@example.com",
-    metadata={"team": "payments"},
+    expire_s=math.inf,
+    secret_end_s=math.inf,
+    shown=b"what is shown of key 7",
 )
 """A key without any restriction, and without any permission."""
 
 KEY = Key(
     id=KEY_RECORD.key_id,
     organization_id=KEY_RECORD.organization_id,
-    name=KEY_RECORD.key_name,
-    key_type=KEY_RECORD.key_type,
-    environment=KEY_RECORD.environment,
+    name="billing",
+    key_type=KeyType.SECRET,
+    environment=Environment.LIVE,
     permissions=(),
     rate_limit_per_minute=0,
     active=True,
-    user_id=KEY_RECORD.user_id,
-    user_email=KEY_RECORD.user_email,
-    metadata=KEY_RECORD.metadata,
+    user_id="u-1",
+    user_email="ann@example.com",
+    metadata={"team": "payments"},
     allowed_cidrs=(),
     created_by="key_01jv5s7kqd0000000000000001",
-    create_time=KEY_RECORD.create_time,
-    update_time=KEY_RECORD.create_time,
+    create_time=NOW - timedelta(days=30),
+    update_time=NOW - timedelta(days=30),
     expire_time=None,
     revoke_time=None,
     revoke_reason="",
@@ -87,7 +82,7 @@ ROOT = Caller(
 
 def granting(record: KeyRecord, *permissions: str) -> KeyRecord:
     """Gives the record with these permissions."""
-    return replace(record, permissions=permissions, grants=Grants(permissions))
+    return replace(record, grants=Grants(permissions))
 
 
 def bound_to(record: KeyRecord, *cidrs: str) -> KeyRecord:

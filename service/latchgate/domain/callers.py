@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from latchgate.domain.errors import (
     AddressDeniedError,
     CallerRateLimitedError,
@@ -12,8 +14,11 @@ from latchgate.domain.errors import (
 from latchgate.domain.model import Caller, Outcome, Verdict
 
 
-def caller_of(verdict: Verdict) -> Caller:
-    """Gives the caller whose token was judged. Raises an UnauthenticatedError, a DeniedError or an ExhaustedError."""
+def caller_of(verdict: Verdict, answer_by_s: float = math.inf) -> Caller:
+    """Gives the caller whose token was judged, and who waits until `answer_by_s`.
+
+    Raises an UnauthenticatedError, a DeniedError or an ExhaustedError.
+    """
     record = verdict.record
     if verdict.outcome is not Outcome.VALID or record is None:
         raise _refusal(verdict)
@@ -22,6 +27,7 @@ def caller_of(verdict: Verdict) -> Caller:
         secret_id=record.secret_id,
         organization_id=record.organization_id,
         grants=record.grants,
+        answer_by_s=answer_by_s,
     )
 
 

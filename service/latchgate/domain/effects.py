@@ -1,16 +1,53 @@
-"""When a change holds everywhere."""
+"""When a change holds everywhere: what is known of the workers, and what time alone makes sure of."""
 
 from __future__ import annotations
 
-from latchgate.domain.model import Effect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+from latchgate.domain.coherence import LeaseTerms
+
+# No lease is longer: how long to wait at most where the workers can not be asked.
+MAX_LEASE_S: Final = 60.0
 
 
-class ImmediateEffects:
-    """Implements latchgate.domain.ports.EffectWaiter for workers that read the database for every answer.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A worker's row, as one snapshot shows it."""
 
-    Such a worker never answers from before a change that was committed when it was asked: each is effective at once.
+    incarnation: UUID
+    applied_revision: int
+    renewals: int
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a change stands: for how long it may still not hold somewhere, and whose leases must have ended by now.
+
+    With nothing remaining it is effective: no worker can answer from before it.
     """
 
-    async def wait(self, revision: int) -> Effect:
-        """Needs not wait."""
-        return Effect(revision=revision)
+    remaining_s: float
+    overdue: tuple[Member, ...]
+
+
+def standing(revision: int, since_s: float, members: Sequence[Member], now_s: float) -> Standing:
+    """Judges a change whose commit had returned at `since_s`, by rows that were read after it.
+
+    A worker has either applied the change, or its lease was given by a renewal from before the commit, and has ended
+    when `wait_s` of its length has passed. A worker that is not among the rows has joined later and read the log then.
+    """
+    laggards = [member for member in members if member.applied_revision < revision]
+    left_s = [since_s + LeaseTerms(length_s=member.lease_s).wait_s - now_s for member in laggards]
+    return Standing(
+        remaining_s=max(left_s, default=0.0),
+        overdue=tuple(member for member, left in zip(laggards, left_s, strict=True) if left <= 0),
+    )
+
+
+def longest_wait_s(since_s: float, now_s: float) -> float:
+    """For how long a change may still not hold somewhere, whoever the workers are."""
+    return since_s + LeaseTerms(length_s=MAX_LEASE_S).wait_s - now_s

@@ -157,7 +157,7 @@ class KeyManager:
             if updated != key:
                 await self._check_update(transaction, caller, key, updated)
                 key = await _save(transaction, updated)
-        return await self._changed(key)
+        return await self._changed(caller, key)
 
     async def _check_update(self, transaction: Transaction, caller: Caller, key: Key, updated: Key) -> None:
         access.require_held_to_widen(caller, key, updated)
@@ -187,7 +187,7 @@ class KeyManager:
                 if not updated.active:
                     await _keep_a_root_key(transaction, key)
                 key = await _save(transaction, updated)
-        return await self._changed(key)
+        return await self._changed(caller, key)
 
     async def rotate(self, caller: Caller, key_id: str, grace: timedelta, request_id: UUID | None = None) -> Issued:
         """Gives a key a new token; the one before stays good for `grace`, and any older one ends now."""
@@ -211,7 +211,7 @@ class KeyManager:
                 revision = key.revision
                 if retry:
                     await retry.keep(transaction, self._sealer, key_id=key_id, revision=revision, token=token)
-        return Issued(key=key, token=token, effect=await self._effects.wait(revision))
+        return Issued(key=key, token=token, effect=await self._effects.wait(revision, caller.answer_by_s))
 
     async def revoke(self, caller: Caller, key_id: str, reason: str) -> Changed:
         """Ends a key for good; the first reason stays."""
@@ -222,7 +222,7 @@ class KeyManager:
                 await _keep_a_root_key(transaction, key)
                 now = await transaction.now()
                 key = await _save(transaction, replace(key, revoke_time=now, revoke_reason=reason))
-        return await self._changed(key)
+        return await self._changed(caller, key)
 
     async def delete(self, caller: Caller, key_id: str) -> Changed:
         """Ends a key for good and hides it."""
@@ -234,7 +234,7 @@ class KeyManager:
                     await _keep_a_root_key(transaction, key)
                 now = await transaction.now()
                 key = await _save(transaction, replace(key, revoke_time=key.revoke_time or now, delete_time=now))
-        return await self._changed(key)
+        return await self._changed(caller, key)
 
     async def publishable(self, caller: Caller, organization_id: str, environment: Environment) -> tuple[Key, str]:
         """Reads the newest active publishable key of an environment, and its token."""
@@ -258,8 +258,8 @@ class KeyManager:
             raise access.organization_not_found(organization_id)
         return merge_catalogue(self._deployment_scopes, own)
 
-    async def _changed(self, key: Key) -> Changed:
-        return Changed(key=key, effect=await self._effects.wait(key.revision))
+    async def _changed(self, caller: Caller, key: Key) -> Changed:
+        return Changed(key=key, effect=await self._effects.wait(key.revision, caller.answer_by_s))
 
 
 async def _lock(transaction: Transaction, caller: Caller, key_id: str) -> Key:

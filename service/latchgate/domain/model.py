@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
 from ipaddress import IPv4Network, IPv6Network
+from typing import NamedTuple
 
 from latchgate.domain.permissions import Grants
 
@@ -240,46 +242,53 @@ class Changed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeyIdentity:
+    """What an answer shows of a key. Times are in seconds since 1970; `end_s` is infinite where no end is set."""
+
+    key_id: str
+    organization_id: str
+    user_id: str
+    user_email: str
+    key_name: str
+    key_type: KeyType
+    environment: Environment
+    permissions: tuple[str, ...]
+    create_s: float
+    end_s: float
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KeyRecord:
     """What validation needs of one secret, its key, organization and plan. Made once, when it is loaded.
 
-    `rate_limit_per_minute` is the effective one; 0 means none. `end_time` is the earlier of the key's expiry and the
-    secret's end.
+    `rate_limit_per_minute` is the effective one; 0 means none. Ends are in seconds since 1970 of the database's clock;
+    infinite where none is set. `shown` is the KeyIdentity as the transport has written it.
     """
 
     secret_id: int
     key_id: str
     organization_id: str
     organization_active: bool
-    key_name: str
-    key_type: KeyType
-    environment: Environment
-    permissions: tuple[str, ...]
+    plan_id: str
     grants: Grants
     networks: tuple[Network, ...]
     rate_limit_per_minute: int
     active: bool
     revoked: bool
-    expire_time: datetime | None
-    secret_end_time: datetime | None
-    create_time: datetime
-    user_id: str
-    user_email: str
-    metadata: Mapping[str, str]
-
-    @property
-    def end_time(self) -> datetime | None:
-        """When the token stops being good."""
-        ends = [time for time in (self.expire_time, self.secret_end_time) if time is not None]
-        return min(ends, default=None)
+    expire_s: float
+    secret_end_s: float
+    shown: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lookup:
-    """What storage said of a digest: the record, or None; the database's clock; the newest change it has seen."""
+class Lookup(NamedTuple):
+    """What is known of a digest: the record, or None; the database's clock; the newest change that is taken account of.
+
+    `now_s` is in seconds since 1970. A tuple, because one is made for every call.
+    """
 
     record: KeyRecord | None
-    now: datetime
+    now_s: float
     revision: int
 
 
@@ -293,25 +302,31 @@ class RateState:
     reset_after_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """The answer to Validate. `record` is there for the outcomes that may show who the key is."""
+class Verdict(NamedTuple):
+    """The answer to Validate. `record` is there for the outcomes that may show who the key is.
+
+    `now_s` is the database's clock, in seconds since 1970. A tuple, because one is made for every call.
+    """
 
     outcome: Outcome
     revision: int
-    now: datetime | None = None
+    now_s: float = 0.0
     record: KeyRecord | None = None
     rate: RateState | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who makes a management call, by which secret of which key."""
+    """Who makes a management call, by which secret of which key.
+
+    `answer_by_s` is until when the caller waits for the answer, in seconds of CLOCK_BOOTTIME; infinite without an end.
+    """
 
     key_id: str
     secret_id: int
     organization_id: str
     grants: Grants
+    answer_by_s: float = math.inf
 
     @property
     def is_root(self) -> bool:

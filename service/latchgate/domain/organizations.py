@@ -105,7 +105,7 @@ class OrganizationManager:
             await access.require_still_in_use(caller, transaction)
             revision = await transaction.record_change("organization", organization_id)
             organization = await transaction.save_organization(replace(organization, **changes))
-        return organization, await self._effects.wait(revision)
+        return organization, await self._effects.wait(revision, caller.answer_by_s)
 
     async def create_plan(self, caller: Caller, plan_id: str, rate_limit_per_minute: int, max_keys: int) -> Plan:
         """Creates a plan."""
@@ -128,7 +128,7 @@ class OrganizationManager:
             await access.require_still_in_use(caller, transaction)
             revision = await transaction.record_change("plan", plan_id)
             plan = await transaction.save_plan(replace(plan, **changes))
-        return plan, await self._effects.wait(revision)
+        return plan, await self._effects.wait(revision, caller.answer_by_s)
 
 
 def _check_scopes(scopes: Sequence[Scope]) -> None:

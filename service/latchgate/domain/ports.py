@@ -31,6 +31,22 @@ class KeyReader(Protocol):
         """Answers from a state no older than the call. Raises StorageUnavailableError."""
 
 
+class KeyMemory(Protocol):
+    """Knows without asking storage, while it may."""
+
+    def now_s(self) -> float:
+        """The clock of `sent_s`, in seconds."""
+
+    def find(self, digest: bytes, min_revision: int) -> Lookup | None:
+        """Answers from a state that is as good as storage's, and holds all changes up to `min_revision`; or not."""
+
+    def keep(self, digest: bytes, lookup: Lookup, *, sent_s: float) -> None:
+        """Takes note of what storage said of a token when it was asked at `sent_s` of the clock or later."""
+
+    def keep_unknown(self, digest: bytes, lookup: Lookup, *, sent_s: float) -> None:
+        """Takes note that a token of a foreign format is none, likewise."""
+
+
 class Limiter(Protocol):
     """Keeps keys within their rate limits."""
 
@@ -41,15 +57,18 @@ class Limiter(Protocol):
 class UsageRecorder(Protocol):
     """Remembers when secrets were last used."""
 
-    def record(self, secret_id: int, used_time: datetime) -> None:
-        """Takes note, without waiting for storage."""
+    def record(self, secret_id: int, used_s: float) -> None:
+        """Takes note, without waiting for storage, of a use at a time of the database's clock in seconds since 1970."""
 
 
 class EffectWaiter(Protocol):
     """Knows when a change holds everywhere."""
 
-    async def wait(self, revision: int) -> Effect:
-        """Waits until no worker answers from before `revision`, or the caller's deadline comes."""
+    async def wait(self, revision: int, until_s: float) -> Effect:
+        """Waits until no worker answers from before `revision`, which was committed before, or the clock is `until_s`.
+
+        The clock is CLOCK_BOOTTIME, in seconds.
+        """
 
 
 class Sealer(Protocol):

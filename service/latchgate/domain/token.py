@@ -26,7 +26,9 @@ HINT_LENGTH = 5
 FOREIGN_MIN_LENGTH = 16
 FOREIGN_MAX_LENGTH = 512
 
+_BLOCK = 64
 _BASE62 = frozenset(ALPHABET)
+_PAIRS = tuple(first + second for first in ALPHABET for second in ALPHABET)
 _PRINTABLE = frozenset(chr(code) for code in range(0x21, 0x7F))
 
 Prefixes = Mapping[tuple[KeyType, Environment], str]
@@ -63,7 +65,7 @@ class TokenFormat:
 
     def __init__(self, tag_key: bytes, prefixes: Prefixes = DEFAULT_PREFIXES) -> None:
         """Takes the deployment's tag key, and the prefix of each type and environment."""
-        self._hmac = hmac.new(tag_key, digestmod=hashlib.sha256)
+        self._inner, self._outer = _hmac_states(tag_key)
         self._prefixes = prefixes
         self._own_prefixes: Collection[str] = frozenset(prefixes.values())
 
@@ -94,17 +96,25 @@ class TokenFormat:
         return Form.FOREIGN if _PRINTABLE.issuperset(token) else Form.IMPOSSIBLE
 
     def _tag(self, head: str) -> str:
-        mac = self._hmac.copy()
-        mac.update(head.encode())
-        return _base62(int.from_bytes(mac.digest()[:8], "big"))
+        inner, outer = self._inner.copy(), self._outer.copy()
+        inner.update(head.encode())
+        outer.update(inner.digest())
+        return _base62(int.from_bytes(outer.digest()[:8], "big"))
+
+
+def _hmac_states(key: bytes) -> tuple[hashlib._Hash, hashlib._Hash]:
+    """Gives the two hashes of HMAC-SHA256 with the key taken in: what is the same for every tag (RFC 2104, 4)."""
+    padded = (key if len(key) <= _BLOCK else hashlib.sha256(key).digest()).ljust(_BLOCK, b"\0")
+    return hashlib.sha256(bytes(byte ^ 0x36 for byte in padded)), hashlib.sha256(bytes(byte ^ 0x5C for byte in padded))
 
 
 def _base62(number: int) -> str:
     """Writes a 64-bit number in TAG_LENGTH base62 digits."""
     digits = []
-    for _ in range(TAG_LENGTH):
-        number, remainder = divmod(number, 62)
-        digits.append(ALPHABET[remainder])
+    for _ in range(TAG_LENGTH // 2):
+        number, remainder = divmod(number, len(_PAIRS))
+        digits.append(_PAIRS[remainder])
+    digits.append(ALPHABET[number])
     return "".join(reversed(digits))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from latchgate.domain.errors import InvalidFieldError, LookupBudgetError, RevisionUnknownError
 from latchgate.domain.model import KeyRecord, Lookup, Outcome, Verdict
-from latchgate.domain.ports import KeyReader, Limiter, UsageRecorder
+from latchgate.domain.ports import KeyMemory, KeyReader, Limiter, UsageRecorder
 from latchgate.domain.token import Form, TokenFormat, digest
 
 MAX_COST = 1_000_000
@@ -65,13 +65,15 @@ class Validator:
         *,
         tokens: TokenFormat,
         keys: KeyReader,
+        memory: KeyMemory,
         limiter: Limiter,
         usage: UsageRecorder,
         foreign: ForeignLookupBudget,
     ) -> None:
-        """Takes the token format, where keys are found, and who counts."""
+        """Takes the token format, where keys are found and remembered, and who counts."""
         self._tokens = tokens
         self._keys = keys
+        self._memory = memory
         self._limiter = limiter
         self._usage = usage
         self._foreign = foreign
@@ -96,11 +98,9 @@ class Validator:
         if form is Form.IMPOSSIBLE:
             return Verdict(outcome=Outcome.NOT_FOUND, revision=0)
         token_digest = digest(token)
-        if form is Form.FOREIGN and not self._foreign.spend(token_digest):
-            raise LookupBudgetError("too many unknown tokens of foreign formats at once; try again in a second")
-        lookup = await self._keys.find(token_digest)
-        if form is Form.FOREIGN:
-            self._foreign.remember(token_digest, found=lookup.record is not None)
+        lookup = self._memory.find(token_digest, min_revision)
+        if lookup is None:
+            lookup = await self._look_up(token_digest, form)
         if lookup.revision < min_revision:
             raise RevisionUnknownError(
                 f"min_revision {min_revision} was never given out: the newest change is {lookup.revision}"
@@ -108,6 +108,24 @@ class Validator:
         if only_organization_id and lookup.record and lookup.record.organization_id != only_organization_id:
             return Verdict(outcome=Outcome.NOT_FOUND, revision=lookup.revision)
         return self._judge(lookup, required_permissions, client_ip, cost)
+
+    async def _look_up(self, token_digest: bytes, form: Form) -> Lookup:
+        """Asks storage, and keeps what it says."""
+        if form is Form.OWN:
+            sent_s = self._memory.now_s()
+            lookup = await self._keys.find(token_digest)
+            self._memory.keep(token_digest, lookup, sent_s=sent_s)
+            return lookup
+        if not self._foreign.spend(token_digest):
+            raise LookupBudgetError("too many unknown tokens of foreign formats at once; try again in a second")
+        sent_s = self._memory.now_s()
+        lookup = await self._keys.find(token_digest)
+        self._foreign.remember(token_digest, found=lookup.record is not None)
+        if lookup.record is None:
+            self._memory.keep_unknown(token_digest, lookup, sent_s=sent_s)
+        else:
+            self._memory.keep(token_digest, lookup, sent_s=sent_s)
+        return lookup
 
     def _judge(self, lookup: Lookup, required: Sequence[str], client_ip: str, cost: int) -> Verdict:
         record = lookup.record
@@ -126,8 +144,8 @@ class Validator:
             if not rate.allowed:
                 outcome = Outcome.RATE_LIMITED
         if outcome is Outcome.VALID:
-            self._usage.record(record.secret_id, lookup.now)
-        return Verdict(outcome=outcome, revision=lookup.revision, now=lookup.now, record=record, rate=rate)
+            self._usage.record(record.secret_id, lookup.now_s)
+        return Verdict(outcome, lookup.revision, lookup.now_s, record, rate)
 
 
 def _check(required_permissions: Sequence[str], cost: int, min_revision: int) -> None:
@@ -141,9 +159,9 @@ def _check(required_permissions: Sequence[str], cost: int, min_revision: int) ->
 
 def _standing(record: KeyRecord, lookup: Lookup) -> Outcome:
     """Judges the key itself, before the request."""
-    if record.revoked or (record.secret_end_time is not None and record.secret_end_time <= lookup.now):
+    if record.revoked or record.secret_end_s <= lookup.now_s:
         return Outcome.REVOKED
-    if record.expire_time is not None and record.expire_time <= lookup.now:
+    if record.expire_s <= lookup.now_s:
         return Outcome.EXPIRED
     if not record.active:
         return Outcome.INACTIVE

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Final
 from uuid import UUID
 
@@ -19,6 +21,7 @@ from latchgate.domain.model import (
     Key,
     KeyDraft,
     KeyFilter,
+    KeyIdentity,
     KeyState,
     KeyType,
     Organization,
@@ -68,7 +71,6 @@ _SOURCE: Final = {
 }
 _FROM_KEY_TYPE: Final = {number: value for value, number in _KEY_TYPE.items()}
 _FROM_ENVIRONMENT: Final = {number: value for value, number in _ENVIRONMENT.items()}
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _FROM_STATE: Final = {number: value for value, number in _STATE.items()}
 
 
@@ -78,13 +80,6 @@ def _timestamp(time: datetime | None) -> timestamp_pb2.Timestamp | None:
     message = timestamp_pb2.Timestamp()
     message.FromDatetime(time)
     return message
-
-
-def _set_time(message: timestamp_pb2.Timestamp, time: datetime) -> None:
-    """Does what FromDatetime does in a fraction of its time, which counts on the hot path."""
-    since = time - _EPOCH
-    message.seconds = since.days * 86_400 + since.seconds
-    message.nanos = since.microseconds * 1000
 
 
 def _time(message: timestamp_pb2.Timestamp, field: str) -> datetime:
@@ -299,28 +294,49 @@ def plan_message(plan: Plan) -> organization_service_pb2.Plan:
     )
 
 
-def validate_response(verdict: Verdict) -> key_service_pb2.ValidateResponse:
-    """Writes a verdict."""
-    response = key_service_pb2.ValidateResponse(outcome=_OUTCOME[verdict.outcome], revision=verdict.revision)
-    record = verdict.record
+def identity(key: KeyIdentity) -> bytes:
+    """Writes what a ValidateResponse shows of a key."""
+    message = key_service_pb2.ValidateResponse(
+        key_id=key.key_id,
+        organization_id=key.organization_id,
+        user_id=key.user_id,
+        user_email=key.user_email,
+        key_name=key.key_name,
+        key_type=_KEY_TYPE[key.key_type],
+        environment=_ENVIRONMENT[key.environment],
+        permissions=key.permissions,
+    )
+    _set_seconds(message.create_time, key.create_s)
+    if key.end_s != math.inf:
+        _set_seconds(message.expire_time, key.end_s)
+    if key.metadata:
+        message.metadata.update(key.metadata)
+    return message.SerializeToString()
+
+
+def validate_response(verdict: Verdict) -> bytes:
+    """Writes a verdict as a ValidateResponse: what was written of the key when it was loaded, and what is new."""
+    record, rate = verdict.record, verdict.rate
+    told = _told(verdict.outcome, verdict.revision)
     if record is None:
-        return response
-    response.key_id = record.key_id
-    response.organization_id = record.organization_id
-    response.user_id = record.user_id
-    response.user_email = record.user_email
-    response.key_name = record.key_name
-    response.key_type = _KEY_TYPE[record.key_type]
-    response.environment = _ENVIRONMENT[record.environment]
-    response.permissions.extend(record.permissions)
-    _set_time(response.create_time, record.create_time)
-    if record.end_time is not None:
-        _set_time(response.expire_time, record.end_time)
-    if record.metadata:
-        response.metadata.update(record.metadata)
-    if verdict.rate is not None and verdict.now is not None:
-        response.rate_limit.limit = verdict.rate.limit
-        response.rate_limit.remaining = verdict.rate.remaining
-        reset_time = verdict.now + timedelta(seconds=verdict.rate.reset_after_s)
-        _set_time(response.rate_limit.reset_time, reset_time)
-    return response
+        return told
+    if rate is None:
+        return record.shown + told
+    limit = key_service_pb2.ValidateResponse()
+    limit.rate_limit.limit = rate.limit
+    limit.rate_limit.remaining = rate.remaining
+    _set_seconds(limit.rate_limit.reset_time, verdict.now_s + rate.reset_after_s)
+    return record.shown + told + limit.SerializeToString()
+
+
+@lru_cache(maxsize=1024)
+def _told(outcome: Outcome, revision: int) -> bytes:
+    """Writes what many answers have in common."""
+    return key_service_pb2.ValidateResponse(outcome=_OUTCOME[outcome], revision=revision).SerializeToString()
+
+
+def _set_seconds(message: timestamp_pb2.Timestamp, seconds: float) -> None:
+    """Sets a time, in seconds since 1970, to the microsecond that PostgreSQL has."""
+    microseconds = round(seconds * 1_000_000)
+    message.seconds, rest = divmod(microseconds, 1_000_000)
+    message.nanos = rest * 1000

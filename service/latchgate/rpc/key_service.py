@@ -98,8 +98,8 @@ class KeyService:
         scopes = await self._keys.scopes(caller, request.organization_id)
         return pb.ListScopesResponse(scopes=[convert.scope_message(scope) for scope in scopes])
 
-    async def validate(self, request: pb.ValidateRequest, caller: Caller | None) -> pb.ValidateResponse:
-        """Judges a token."""
+    async def validate(self, request: pb.ValidateRequest, caller: Caller | None) -> bytes:
+        """Judges a token; gives a ValidateResponse as it is sent."""
         return convert.validate_response(await self._judge(request, _only_organization(caller)))
 
     async def batch_validate(self, request: pb.BatchValidateRequest, caller: Caller | None) -> pb.BatchValidateResponse:
@@ -107,7 +107,8 @@ class KeyService:
         if len(request.requests) > MAX_BATCH:
             raise InvalidFieldError([("requests", f"must be at most {MAX_BATCH}; this is {len(request.requests)}")])
         verdicts = await self._judge_all(request.requests, _only_organization(caller))
-        return pb.BatchValidateResponse(responses=[convert.validate_response(verdict) for verdict in verdicts])
+        answers = [pb.ValidateResponse.FromString(convert.validate_response(verdict)) for verdict in verdicts]
+        return pb.BatchValidateResponse(responses=answers)
 
     async def _judge(self, request: pb.ValidateRequest, only_organization_id: str) -> Verdict:
         verdict = await self._validator.validate(

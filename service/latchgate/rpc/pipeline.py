@@ -7,6 +7,7 @@ caller over through a context: here a handler is given its request and its calle
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 import traceback
@@ -38,8 +39,12 @@ from latchgate.rpc.status import code_and_reason, internal_status, is_listed, st
 
 Context = grpc.aio.ServicerContext[Any, Any]
 ManagementHandler = Callable[[Any, Any, Caller], Awaitable[Message]]
-ValidationHandler = Callable[[Any, Any, Caller | None], Awaitable[Message]]
-Behaviour = Callable[[bytes, Context], Awaitable[Message]]
+ValidationHandler = Callable[[Any, Any, Caller | None], Awaitable[Message | bytes]]
+Behaviour = Callable[[bytes, Context], Awaitable[Message | bytes]]
+
+# What is left of a caller's time for the answer, when something was waited for: a quarter of it, or this.
+ANSWER_RESERVE_S = 0.2
+ANSWER_RESERVE_PART = 0.25
 
 _BEARER = "bearer"
 _PACKAGE = str(Path(__file__).parents[1])
@@ -48,9 +53,13 @@ _log = structlog.get_logger("latchgate.rpc")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """What stands behind the handlers: who judges the callers' tokens, and the services by their full names."""
+    """What stands behind the handlers: who judges the callers' tokens, and the services by their full names.
+
+    `boottime` is the clock by which callers wait.
+    """
 
     validator: Validator
+    boottime: Callable[[], float]
     services: Mapping[str, object]
 
 
@@ -119,7 +128,7 @@ class Pipeline:
         """Wraps a handler of the hot path: no rules but its own, no log line for an answer."""
         name, service, request_type = _described(method)
 
-        async def behave(raw: bytes, context: Context) -> Message:
+        async def behave(raw: bytes, context: Context) -> Message | bytes:
             start_s = time.perf_counter()
             code = grpc.StatusCode.OK
             try:
@@ -149,7 +158,16 @@ def _described(method: MethodDescriptor) -> tuple[str, str, type[Message]]:
 
 async def _identify(backend: Backend, context: Context) -> Caller:
     client_ip = peer_address(context.peer())
-    return caller_of(await backend.validator.validate(_bearer_token(context), client_ip=client_ip))
+    verdict = await backend.validator.validate(_bearer_token(context), client_ip=client_ip)
+    return caller_of(verdict, _answer_by_s(context, backend.boottime()))
+
+
+def _answer_by_s(context: Context, now_s: float) -> float:
+    """Gives until when an answer must be on its way to reach a caller that has a deadline."""
+    remaining_s: float | None = context.time_remaining()
+    if remaining_s is None:
+        return math.inf
+    return now_s + remaining_s - min(ANSWER_RESERVE_S, remaining_s * ANSWER_RESERVE_PART)
 
 
 class _Call:

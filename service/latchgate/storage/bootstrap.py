@@ -92,9 +92,10 @@ async def ensure_root_key(database: Database, tokens: TokenFormat, make_id: IdMa
             return RootKey(key_id=key_id, token=minted.token, is_refused=False)
         if await connection.fetchval(queries.SECRET_EXISTS, digest(root_token)):
             return RootKey(key_id=None, token=None, is_refused=not await _is_good(connection, digest(root_token)))
-        return RootKey(
-            key_id=await _insert(transaction, make_id, foreign_secret(root_token)), token=None, is_refused=False
-        )
+        key_id = await _insert(transaction, make_id, foreign_secret(root_token))
+        # Minted tokens are news to nobody; that of a foreign one may be known to be none.
+        await transaction.record_change("key", key_id)
+        return RootKey(key_id=key_id, token=None, is_refused=False)
 
 
 async def _insert(transaction: PostgresTransaction, make_id: IdMaker, secret: NewSecret) -> str:

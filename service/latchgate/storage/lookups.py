@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.domain.model import Lookup
 from latchgate.storage import queries, rows
-from latchgate.storage.postgres import Database, lent
+from latchgate.storage.link import Link
 
 MAX_BATCH = 500
+STATEMENT_TIMEOUT_S = 1.0
+# A statement that failed within this time is sent again, once: it most likely met a connection that was lost before.
+RETRIED_WITHIN_S = 0.1
+# How often the database is tried while it is away; workers that lost it together come back one after the other.
+TRY_PAUSE_S = (0.1, 0.3)
+
+# One plan for every number of digests, made once and kept for as long as the connection lives, be it weeks. It goes by
+# the indexes alone, so that it is the right one even if it was made when there was nothing to be found yet.
+_LOOKUP_SETTINGS = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "statement_timeout": "800ms",
+}
 
 FindMany = Callable[[Sequence[bytes]], Awaitable[Mapping[bytes, Lookup]]]
 
@@ -26,18 +43,22 @@ class LookupObserver(Protocol):
         """A statement for `size` digests was not answered."""
 
 
-def find_many(database: Database) -> FindMany:
-    """Makes the function that asks the database for many digests at once, at one instant."""
+def lookup_link(dsn: str) -> Link:
+    """Makes the connection for lookups: one of their own, so that management can not starve them."""
+    return Link(dsn, timeout_s=STATEMENT_TIMEOUT_S, settings=_LOOKUP_SETTINGS)
+
+
+def find_many(link: Link, show: rows.Show) -> FindMany:
+    """Makes the function that asks the database for many digests at once, at one instant. One call at a time."""
 
     async def find(digests: Sequence[bytes]) -> Mapping[bytes, Lookup]:
-        async with lent(database.lookups) as connection:
+        async with link.connection() as connection:
             found = await connection.fetch(queries.SECRET_FIND, digests)
-        now, revision = found[0]["now"], found[0]["revision"]
-        missing = Lookup(record=None, now=now, revision=revision)
-        lookups = dict.fromkeys(digests, missing)
+        now_s, revision = found[0]["now_s"], found[0]["revision"]
+        lookups = dict.fromkeys(digests, Lookup(None, now_s, revision))
         for row in found:
             if row["digest"] is not None:
-                lookups[row["digest"]] = Lookup(record=rows.key_record(row), now=now, revision=revision)
+                lookups[row["digest"]] = Lookup(rows.key_record(row, show), now_s, revision)
         return lookups
 
     return find
@@ -46,52 +67,62 @@ def find_many(database: Database) -> FindMany:
 class BatchingKeyReader:
     """Implements latchgate.domain.ports.KeyReader over a function that finds many.
 
-    While all `connections` have a statement out, lookups gather; the next free one takes them all. Where they come in
-    numbers, statements are kept `spacing_s` apart as well, so that each carries several: a statement costs this process
-    about ten times what each digest in it does. A lookup that comes alone waits for nothing.
+    While a statement is out, lookups gather; the next one takes them all. Where they come in numbers, statements are
+    kept `spacing_s` apart as well, so that each carries several: a statement costs this process about ten times what
+    each digest in it does. A lookup that comes alone waits for nothing.
 
     A lookup is never answered by a statement that was sent before it came: the answer would be older than the question.
+
+    When the database does not answer, lookups fail at once, without being sent, until it is found to be back.
     """
 
     def __init__(
         self,
         find: FindMany,
         *,
-        connections: int,
         observer: LookupObserver,
         monotonic: Callable[[], float],
         spacing_s: float = 0.0,
     ) -> None:
-        """Takes how to find many, how many statements may be out at once, and who is told."""
+        """Takes how to find many, and who is told."""
         self._find = find
-        self._free = connections
         self._observer = observer
         self._monotonic = monotonic
         self._spacing_s = spacing_s
         self._next_s = 0.0
         self._waiting: dict[bytes, list[asyncio.Future[Lookup]]] = {}
-        self._running: set[asyncio.Task[None]] = set()
+        self._serving: asyncio.Task[None] | None = None
+        self._problem = ""
 
     async def find(self, digest: bytes) -> Lookup:
         """Waits for the next statement's answer."""
+        if self._problem:
+            self._observer.failed(1)
+            raise StorageUnavailableError(self._problem)
         answer: asyncio.Future[Lookup] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(digest, []).append(answer)
-        if self._free:
-            self._free -= 1
-            task = asyncio.create_task(self._serve())
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+        self._serve_soon()
         return await answer
+
+    def suspect(self) -> None:
+        """Has the database tried, with no lookup that waits for it."""
+        self._waiting.setdefault(b"", [])
+        self._serve_soon()
 
     async def close(self) -> None:
         """Ends what is under way; whoever still waits is told that the service is not available."""
-        for task in tuple(self._running):
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
-        self._fail(self._take(len(self._waiting)), "the service is stopping")
+        self._problem = "the service is stopping"
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.gather(self._serving, return_exceptions=True)
+        self._fail(self._take(len(self._waiting)), self._problem)
+
+    def _serve_soon(self) -> None:
+        if self._serving is None:
+            self._serving = asyncio.create_task(self._serve())
 
     async def _serve(self) -> None:
-        """Sends statements until nobody waits."""
+        """Sends statements until nobody waits; while the database is away, until it is back."""
         try:
             while self._waiting:
                 pause_s = self._next_s - self._monotonic()
@@ -100,10 +131,11 @@ class BatchingKeyReader:
                 batch = self._take(MAX_BATCH)
                 if sum(map(len, batch.values())) > 1:
                     self._next_s = self._monotonic() + self._spacing_s
-                if batch:
-                    await self._answer(batch)
+                await self._answer(batch)
+                if self._problem:
+                    await self._until_back()
         finally:
-            self._free += 1
+            self._serving = None
 
     def _take(self, count: int) -> dict[bytes, list[asyncio.Future[Lookup]]]:
         if len(self._waiting) <= count:
@@ -114,11 +146,12 @@ class BatchingKeyReader:
     async def _answer(self, batch: dict[bytes, list[asyncio.Future[Lookup]]]) -> None:
         start_s = self._monotonic()
         try:
-            found = await self._find(list(batch))
+            found = await self._find_again_if_lost(list(batch))
             lookups = [(found[digest], answers) for digest, answers in batch.items()]
         except StorageUnavailableError as error:
-            # Whoever came since would wait for as long and hear the same.
+            self._problem = error.message
             self._fail(batch, error.message)
+            # Whoever came since would wait for as long and hear the same.
             self._fail(self._take(len(self._waiting)), error.message)
         except Exception as error:  # noqa: BLE001 - it is theirs who asked; the next ones are to be served none the less
             self._fail(batch, error)
@@ -131,6 +164,26 @@ class BatchingKeyReader:
                 for answer in answers:
                     if not answer.done():
                         answer.set_result(lookup)
+
+    async def _find_again_if_lost(self, digests: Sequence[bytes]) -> Mapping[bytes, Lookup]:
+        start_s = self._monotonic()
+        try:
+            return await self._find(digests)
+        except StorageUnavailableError:
+            if self._monotonic() - start_s > RETRIED_WITHIN_S:
+                raise
+        return await self._find(digests)
+
+    async def _until_back(self) -> None:
+        while True:
+            await asyncio.sleep(random.uniform(*TRY_PAUSE_S))  # noqa: S311 - to spread, not to hide
+            try:
+                await self._find(())
+            except StorageUnavailableError as error:
+                self._problem = error.message
+            else:
+                break
+        self._problem = ""
 
     def _fail(self, batch: dict[bytes, list[asyncio.Future[Lookup]]], problem: str | Exception) -> None:
         if batch:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+import socket
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
@@ -22,11 +23,8 @@ CONNECT_TIMEOUT_S = 2.0
 ACQUIRE_TIMEOUT_S = 2.0
 # Longer than the server's own limits below: as long as it can be reached, it is the server that says what timed out.
 MANAGEMENT_TIMEOUT_S = 6.0
-LOOKUP_TIMEOUT_S = 1.0
 ROLLBACK_TIMEOUT_S = 1.0
 CLOSE_TIMEOUT_S = 5.0
-# One statement at a time: while it is under way, the lookups of the next one gather.
-LOOKUP_CONNECTIONS = 1
 
 # Whatever the address names: a standby answers from the past, and can not be written.
 SESSION_KIND = SessionAttribute.primary
@@ -46,16 +44,16 @@ _SERVER_SETTINGS = {
     "jit": "off",
 }
 
-# One plan for every number of digests, made once and kept for as long as the connection lives, be it weeks. It goes by
-# the indexes alone, so that it is the right one even if it was made when there was nothing to be found yet.
-_LOOKUP_SETTINGS = {
-    "plan_cache_mode": "force_generic_plan",
-    "enable_seqscan": "off",
-    "enable_bitmapscan": "off",
-    "enable_hashjoin": "off",
-    "enable_mergejoin": "off",
-    "statement_timeout": "800ms",
-}
+# A connection over which nothing is acknowledged is cut by the system: what was sent within 1 s, silence within 3 s.
+_SOCKET_OPTIONS = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    *(
+        (socket.IPPROTO_TCP, getattr(socket, name), value)
+        for name, value in (("TCP_USER_TIMEOUT", 1000), ("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 2))
+        if hasattr(socket, name)
+    ),
+)
 
 _AWAY = (
     OSError,
@@ -96,25 +94,31 @@ def unavailable(error: Exception) -> StorageUnavailableError:
     return StorageUnavailableError(f"the database is not available ({type(error).__name__})")
 
 
-async def _prepare_connection(connection: Connection) -> None:
+def connection_settings(more: Mapping[str, str]) -> dict[str, str]:
+    """Gives the settings of every session, with some of its own."""
+    return _SERVER_SETTINGS | dict(more)
+
+
+async def prepare_connection(connection: Connection) -> None:
+    """Makes a new connection what the statements expect, and one that finds out when its other end is gone."""
     await connection.set_type_codec("jsonb", encoder=json.dumps, decoder=json.loads, schema="pg_catalog")
-
-
-async def _keep_as_it_is(connection: Connection) -> None:
-    """Spares lookups the four statements by which asyncpg resets a connection: they leave nothing to be reset."""
+    transport: Any = getattr(connection, "_transport")  # noqa: B009 - asyncpg has no setting for it, and shows none
+    found = transport.get_extra_info("socket")
+    if found is not None and found.family in {socket.AF_INET, socket.AF_INET6}:
+        for level, option, value in _SOCKET_OPTIONS:
+            found.setsockopt(level, option, value)
 
 
 class Database:
-    """Two pools: one for management, one held for lookups, so that neither can starve the other."""
+    """The pool of connections for management."""
 
-    def __init__(self, management: Pool, lookups: Pool) -> None:
-        """Takes pools that may not be connected yet; see `open`."""
+    def __init__(self, management: Pool) -> None:
+        """Takes a pool that may not be connected yet; see `open`."""
         self.management = management
-        self.lookups = lookups
 
     @classmethod
     async def open(cls, dsn: str, *, pool_size: int) -> Database:
-        """Makes the pools. They connect when they are first used, and again whenever a connection is lost."""
+        """Makes the pool. It connects when it is first used, and again whenever a connection is lost."""
         management = asyncpg.create_pool(
             dsn,
             min_size=0,
@@ -123,38 +127,24 @@ class Database:
             target_session_attrs=SESSION_KIND,
             command_timeout=MANAGEMENT_TIMEOUT_S,
             max_inactive_connection_lifetime=60.0,
-            init=_prepare_connection,
+            init=prepare_connection,
             server_settings=_SERVER_SETTINGS,
-        )
-        lookups = asyncpg.create_pool(
-            dsn,
-            min_size=0,
-            max_size=LOOKUP_CONNECTIONS,
-            timeout=CONNECT_TIMEOUT_S,
-            target_session_attrs=SESSION_KIND,
-            command_timeout=LOOKUP_TIMEOUT_S,
-            max_inactive_connection_lifetime=0,
-            init=_prepare_connection,
-            reset=_keep_as_it_is,
-            server_settings=_SERVER_SETTINGS | _LOOKUP_SETTINGS,
         )
         with translated():
             await management
-            await lookups
-        return cls(management, lookups)
+        return cls(management)
 
     async def close(self) -> None:
         """Closes all connections; those that do not close by themselves in time are cut."""
-        for pool in (self.lookups, self.management):
-            try:
-                await asyncio.wait_for(pool.close(), timeout=CLOSE_TIMEOUT_S)
-            except (TimeoutError, *_AWAY):
-                pool.terminate()
+        try:
+            await asyncio.wait_for(self.management.close(), timeout=CLOSE_TIMEOUT_S)
+        except (TimeoutError, *_AWAY):
+            self.management.terminate()
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """Lends a connection of the management pool for statements of their own."""
-        async with lent(self.management) as connection:
+        async with _lent(self.management) as connection:
             yield connection
 
     @asynccontextmanager
@@ -164,7 +154,7 @@ class Database:
         Raises StorageUnavailableError only if nothing was changed, and WriteUnknownError if that can not be known: the
         commit was sent, and what came of it was not heard.
         """
-        async with lent(self.management) as connection:
+        async with _lent(self.management) as connection:
             transaction = connection.transaction()
             try:
                 await transaction.start()
@@ -179,7 +169,7 @@ class Database:
 
 
 @asynccontextmanager
-async def lent(pool: Pool) -> AsyncIterator[Connection]:
+async def _lent(pool: Pool) -> AsyncIterator[Connection]:
     """Lends a connection, and takes it back clean or cuts it, which is no failure of what was done with it."""
     with translated():
         try:

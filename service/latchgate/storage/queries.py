@@ -167,192 +167,37 @@ SELECT EXISTS (
 """
 
 # The hot query: all that validation needs of many digests, at one instant, with that instant and the newest change
-# which it shows. Always at least one row; digest is null where none of them is known.
+# which it shows. Always at least one row; digest is null where none of them is known. Times are seconds since 1970.
 SECRET_FIND = """
-SELECT head.now, head.revision, found.*
-FROM (SELECT statement_timestamp() AS now, coalesce((SELECT max(revision) FROM change_log), 0) AS revision) head
-LEFT JOIN LATERAL (
-    SELECT s.digest, s.id AS secret_id, k.id AS key_id, k.organization_id, o.active AS organization_active,
-           k.name AS key_name, k.key_type, k.environment, k.permissions, k.allowed_cidrs,
-           CASE WHEN k.rate_limit_per_minute > 0 THEN k.rate_limit_per_minute ELSE p.rate_limit_per_minute END
-               AS rate_limit_per_minute,
-           k.active, k.revoke_time IS NOT NULL AS revoked, k.expire_time, s.end_time AS secret_end_time, k.create_time,
-           k.user_id, k.user_email, k.metadata
-    FROM secret s
-    JOIN key k ON k.id = s.key_id
-    JOIN organization o ON o.id = k.organization_id
-    JOIN plan p ON p.id = o.plan_id
-    WHERE s.digest = ANY ($1::bytea[])
-) found ON true
-"""
-
-# Last uses; a time never goes back. Few enough rows at once that they are looked up one after the other, in the order in
-# which they are given: by id, so that two flushes hardly ever wait for each other.
-LAST_USED_UPDATE = """
-UPDATE last_used u SET used_time = flushed.used_time
-FROM unnest($1::bigint[], $2::timestamptz[]) AS flushed (secret_id, used_time)
-WHERE u.secret_id = flushed.secret_id AND (u.used_time IS NULL OR u.used_time < flushed.used_time)
-"""
-
-_ORGANIZATION = """
-SELECT o.id FROM organization o
-WHERE o.id = (SELECT k.organization_id FROM key k WHERE k.id = $1)
-FOR NO KEY UPDATE
-"""
-
-# The state is the first that holds, by the database's clock, as latchgate.domain.model.Key has it.
-_KEY_MATCHES = """
-  AND ($3::text IS NULL OR k.key_type = $3)
-  AND ($4::text IS NULL OR k.environment = $4)
-  AND ($5::text IS NULL OR CASE $5
-          WHEN 'active' THEN k.revoke_time IS NULL AND k.active AND (k.expire_time IS NULL OR k.expire_time > now())
-          WHEN 'inactive' THEN
-              k.revoke_time IS NULL AND NOT k.active AND (k.expire_time IS NULL OR k.expire_time > now())
-          WHEN 'expired' THEN k.revoke_time IS NULL AND k.expire_time <= now()
-          WHEN 'revoked' THEN k.revoke_time IS NOT NULL AND k.delete_time IS NULL
-          WHEN 'deleted' THEN k.delete_time IS NOT NULL
-      END)
-  AND ($6 OR k.delete_time IS NULL)
-"""
-
-# Up to $7 keys, newest first, beyond the id $2 ('' for the first page). Keyset paging: what is inserted or changed
-# between two pages neither hides nor repeats another key. However many keys the organization has, and however large a
-# part of all keys they are, a page is a walk along an index of the organization's own: the pair is compared, and not
-# each column, so that no walk along the ids of all organizations gives the order that is asked for.
-# To be prepared anew for each call: its plan is for the values at hand.
-KEY_LIST = (
-    _KEY
-    + """
-WHERE k.organization_id >= $1 AND (k.organization_id, k.id) < ($1, coalesce(nullif($2, ''), '~'))
-"""
-    + _KEY_MATCHES
-    + """
-ORDER BY k.organization_id DESC, k.id DESC
-LIMIT $7
-"""
-)
-
-# The same for the keys of the user $8 alone, along the index that is the users'. To be prepared anew for each call.
-KEY_LIST_OF_USER = (
-    _KEY
-    + """
-WHERE k.organization_id = $1 AND k.user_id = $8 AND k.user_id <> '' AND k.id < coalesce(nullif($2, ''), '~')
-"""
-    + _KEY_MATCHES
-    + """
-ORDER BY k.id DESC
-LIMIT $7
-"""
-)
-
-# The newest publishable key of an environment that is active now. Reads no key that is not publishable.
-KEY_GET_PUBLISHABLE = """
-SELECT k.id, s.readable_token
-FROM key k
-JOIN secret s ON s.key_id = k.id AND s.end_time IS NULL AND s.readable_token IS NOT NULL
-WHERE k.organization_id = $1 AND k.key_type = 'publishable' AND k.environment = $2
-  AND k.active AND k.revoke_time IS NULL AND (k.expire_time IS NULL OR k.expire_time > now())
-ORDER BY k.id DESC
-LIMIT 1
-"""
-
-# The root keys that are good now and are not set to end by themselves.
-KEY_LIST_LASTING_ROOT = """
-SELECT id FROM key
-WHERE organization_id = 'org_root' AND active AND revoke_time IS NULL AND expire_time IS NULL
-"""
-
-# A key; the organization's count is raised with it, so the two can not part.
-KEY_INSERT = """
-WITH counted AS (UPDATE organization SET key_count = key_count + 1 WHERE id = $2 RETURNING id)
-INSERT INTO key (id, organization_id, name, key_type, environment, permissions, rate_limit_per_minute, user_id,
-                 user_email, metadata, allowed_cidrs, created_by, expire_time)
-SELECT $1, counted.id, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13 FROM counted
-"""
-
-# All that can change of a key; a key that is revoked by this is counted no more.
-KEY_UPDATE = """
-WITH released AS (
-    UPDATE organization o SET key_count = o.key_count - 1
-    FROM key k
-    WHERE k.id = $1 AND o.id = k.organization_id AND k.revoke_time IS NULL AND $9::timestamptz IS NOT NULL
-)
-UPDATE key
-SET name = $2, permissions = $3, rate_limit_per_minute = $4, active = $5, metadata = $6, allowed_cidrs = $7,
-    expire_time = $8, revoke_time = $9, revoke_reason = $10, delete_time = $11, revision = $12,
-    version = version + 1, update_time = now()
-WHERE id = $1
-"""
-
-# A secret, with its place for the last use, so that a flush only ever updates.
-SECRET_INSERT = """
-WITH inserted AS (
-    INSERT INTO secret (digest, key_id, hint, readable_token) VALUES ($1, $2, $3, $4) RETURNING id
-)
-INSERT INTO last_used (secret_id) SELECT id FROM inserted
-"""
-
-# Ends the secrets of a key: the one that has no end yet after $2, those that a former rotation left a grace now.
-SECRET_END = """
-UPDATE secret
-SET end_time = CASE WHEN end_time IS NULL THEN now() + $2::interval ELSE now() END
-WHERE key_id = $1 AND (end_time IS NULL OR end_time > now())
-"""
-
-# Whether a digest was ever stored, whatever became of it.
-SECRET_EXISTS = "SELECT EXISTS (SELECT 1 FROM secret WHERE digest = $1)"
-
-# A secret that is good now, kept so until the end of the transaction. Taken after the locks of what its holder acts on:
-# who ends the secret takes no lock that is taken before this one. By the clock and not by the transaction's begin, when
-# the secret may still have been good.
-SECRET_LOCK_IN_USE = """
-SELECT true FROM secret s JOIN key k ON k.id = s.key_id
-WHERE s.id = $1 AND (s.end_time IS NULL OR s.end_time > clock_timestamp())
-  AND k.active AND k.revoke_time IS NULL AND (k.expire_time IS NULL OR k.expire_time > clock_timestamp())
-FOR SHARE OF s, k
-"""
-
-# Whether a digest is that of a root key which is in use now.
-SECRET_IS_GOOD_ROOT = """
-SELECT EXISTS (
-    SELECT 1 FROM secret s JOIN key k ON k.id = s.key_id
-    WHERE s.digest = $1 AND (s.end_time IS NULL OR s.end_time > now())
-      AND k.organization_id = 'org_root' AND k.active AND k.revoke_time IS NULL
-      AND (k.expire_time IS NULL OR k.expire_time > now())
-)
-"""
-
-# The hot query: all that validation needs of many digests, at one instant, with that instant and the newest change
-# which it shows. Always at least one row; digest is null where none of them is known.
-SECRET_FIND = """
-SELECT head.now, head.revision, found.*
-FROM (SELECT statement_timestamp() AS now, coalesce((SELECT max(revision) FROM change_log), 0) AS revision) head
-LEFT JOIN LATERAL (
-    SELECT s.digest, s.id AS secret_id, k.id AS key_id, k.organization_id, o.active AS organization_active,
-           k.name AS key_name, k.key_type, k.environment, k.permissions, k.allowed_cidrs,
-           CASE WHEN k.rate_limit_per_minute > 0 THEN k.rate_limit_per_minute ELSE p.rate_limit_per_minute END
-               AS rate_limit_per_minute,
-           k.active, k.revoke_time IS NOT NULL AS revoked, k.expire_time, s.end_time AS secret_end_time, k.create_time,
-           k.user_id, k.user_email, k.metadata
-    FROM secret s
-    JOIN key k ON k.id = s.key_id
-    JOIN organization o ON o.id = k.organization_id
-    JOIN plan p ON p.id = o.plan_id
-    WHERE s.digest = ANY ($1::bytea[])
-) found ON true
-"""
-
-# Last uses, in the order of ids so that two flushes can not wait for each other; a time never goes back.
-LAST_USED_UPDATE = """
-UPDATE last_used u SET used_time = flushed.used_time
+SELECT head.now_s, head.revision, found.*
 FROM (
-    SELECT l.secret_id, f.used_time
-    FROM unnest($1::bigint[], $2::timestamptz[]) AS f (secret_id, used_time)
-    JOIN last_used l USING (secret_id)
-    ORDER BY l.secret_id
-    FOR UPDATE OF l
-) flushed
-WHERE u.secret_id = flushed.secret_id AND (u.used_time IS NULL OR u.used_time < flushed.used_time)
+    SELECT extract(epoch FROM statement_timestamp())::float8 AS now_s,
+           coalesce((SELECT max(revision) FROM change_log), 0) AS revision
+) head
+LEFT JOIN LATERAL (
+    SELECT s.digest, s.id AS secret_id, k.id AS key_id, k.organization_id, o.active AS organization_active, o.plan_id,
+           k.name AS key_name, k.key_type, k.environment, k.permissions, k.allowed_cidrs,
+           CASE WHEN k.rate_limit_per_minute > 0 THEN k.rate_limit_per_minute ELSE p.rate_limit_per_minute END
+               AS rate_limit_per_minute,
+           k.active, k.revoke_time IS NOT NULL AS revoked,
+           coalesce(extract(epoch FROM k.expire_time)::float8, 'Infinity') AS expire_s,
+           coalesce(extract(epoch FROM s.end_time)::float8, 'Infinity') AS secret_end_s,
+           extract(epoch FROM k.create_time)::float8 AS create_s,
+           k.user_id, k.user_email, k.metadata::text AS metadata
+    FROM secret s
+    JOIN key k ON k.id = s.key_id
+    JOIN organization o ON o.id = k.organization_id
+    JOIN plan p ON p.id = o.plan_id
+    WHERE s.digest = ANY ($1::bytea[])
+) found ON true
+"""
+
+# Last uses; a time never goes back. Few enough rows at once to be looked up one after the other, in the order in which
+# they are given: by id, so that two flushes hardly ever wait for each other.
+LAST_USED_UPDATE = """
+UPDATE last_used u SET used_time = to_timestamp(flushed.used_s)
+FROM unnest($1::bigint[], $2::float8[]) AS flushed (secret_id, used_s)
+WHERE u.secret_id = flushed.secret_id AND (u.used_time IS NULL OR u.used_time < to_timestamp(flushed.used_s))
 """
 
 _ORGANIZATION = """
@@ -401,6 +246,80 @@ WITH logged AS (
     INSERT INTO change_log (revision, entity, entity_id) VALUES (nextval('change_revision'), $1, $2) RETURNING revision
 )
 SELECT revision, pg_notify('latchgate_change', revision::text) FROM logged
+"""
+
+# What one reading of the log shows, at one instant: the newest revision, the history that the server is on (it changes
+# when a standby takes over), and up to $3 changes beyond $2. Always at least one row. {member} says whether the worker
+# $1 has its row still.
+_LOG = """
+{renewal}
+SELECT head.revision AS head, head.timeline, head.now_s, {member} AS is_member, c.entity, c.entity_id
+FROM (
+    SELECT coalesce((SELECT max(revision) FROM change_log), 0) AS revision,
+           substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8) AS timeline,
+           extract(epoch FROM statement_timestamp())::float8 AS now_s
+) head
+LEFT JOIN LATERAL (
+    SELECT revision, entity, entity_id FROM change_log WHERE revision > $2 ORDER BY revision LIMIT $3
+) c ON true
+ORDER BY c.revision
+"""
+
+# Reads the log.
+LOG_READ = _LOG.format(renewal="", member="EXISTS (SELECT 1 FROM worker WHERE incarnation = $1)")
+
+# Reads the log and renews the worker's row in one statement. A crash of the server may take a renewal back: it is then
+# as if the worker had been silent, and no lease is longer for it.
+LOG_READ_RENEWING = _LOG.format(
+    renewal="""
+WITH renewed AS (
+    UPDATE worker SET renewals = renewals + 1, applied_revision = $2
+    FROM (SELECT set_config('synchronous_commit', 'off', true)) AS hurry
+    WHERE incarnation = $1
+    RETURNING 1
+)
+""",
+    member="EXISTS (SELECT 1 FROM renewed)",
+)
+
+# Registers a worker. Safe on disk once it is answered, whatever the server's own setting: nobody waits for a worker
+# that a crash has made unknown.
+WORKER_INSERT = """
+INSERT INTO worker (incarnation, lease_s)
+SELECT $1, $2
+FROM (
+    SELECT set_config('synchronous_commit', CASE WHEN current IN ('off', 'local') THEN 'on' ELSE current END, true)
+    FROM current_setting('synchronous_commit') AS current
+) AS safely
+"""
+
+# Tells what a worker has applied. May be lost in a crash, as a renewal may.
+WORKER_ACKNOWLEDGE = """
+UPDATE worker SET applied_revision = $2
+FROM (SELECT set_config('synchronous_commit', 'off', true)) AS hurry
+WHERE incarnation = $1
+"""
+
+# The workers, at one instant.
+WORKER_LIST = "SELECT incarnation, applied_revision, renewals, lease_s FROM worker"
+
+# Takes a worker off, unless it has renewed its row since.
+WORKER_EVICT = "DELETE FROM worker WHERE incarnation = $1 AND renewals = $2 RETURNING true"
+
+WORKER_DELETE = "DELETE FROM worker WHERE incarnation = $1"
+
+# Forgets up to $2 changes that are older than $1 and that every worker has applied. The newest stays: it is the head.
+CHANGE_FORGET = """
+DELETE FROM change_log
+WHERE revision IN (
+    SELECT revision FROM change_log
+    WHERE change_time < now() - $1::interval
+      AND revision < coalesce((SELECT min(applied_revision) FROM worker), 0)
+      AND revision < (SELECT max(revision) FROM change_log)
+    ORDER BY revision
+    LIMIT $2
+    FOR UPDATE SKIP LOCKED
+)
 """
 
 # Reserves a slot. A twin that is under way is waited for; gives nothing if the slot is taken.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from ipaddress import ip_network
+from sys import intern
 
 import asyncpg
 
 from latchgate.domain.model import (
     Environment,
     Key,
+    KeyIdentity,
     KeyRecord,
     KeyType,
     Network,
@@ -22,6 +26,7 @@ from latchgate.domain.model import (
 from latchgate.domain.permissions import Grants
 
 Row = asyncpg.Record
+Show = Callable[[KeyIdentity], bytes]
 
 
 def key(row: Row) -> Key:
@@ -63,29 +68,45 @@ def _network(cidr: str) -> Network:
     return ip_network(cidr)
 
 
-def key_record(row: Row) -> KeyRecord:
-    """Reads what validation needs of a secret."""
+@lru_cache(maxsize=10_000)
+def _grants(permissions: tuple[str, ...]) -> Grants:
+    return Grants(permissions)
+
+
+def key_record(row: Row, show: Show) -> KeyRecord:
+    """Reads what validation needs of a secret. What many keys have in common they share."""
     permissions = tuple(row["permissions"])
+    organization_id = intern(row["organization_id"])
+    expire_s, secret_end_s = row["expire_s"], row["secret_end_s"]
     return KeyRecord(
         secret_id=row["secret_id"],
         key_id=row["key_id"],
-        organization_id=row["organization_id"],
+        organization_id=organization_id,
         organization_active=row["organization_active"],
-        key_name=row["key_name"],
-        key_type=KeyType(row["key_type"]),
-        environment=Environment(row["environment"]),
-        permissions=permissions,
-        grants=Grants(permissions),
+        plan_id=intern(row["plan_id"]),
+        grants=_grants(permissions),
         networks=tuple(_network(cidr) for cidr in row["allowed_cidrs"]),
         rate_limit_per_minute=row["rate_limit_per_minute"],
         active=row["active"],
         revoked=row["revoked"],
-        expire_time=row["expire_time"],
-        secret_end_time=row["secret_end_time"],
-        create_time=row["create_time"],
-        user_id=row["user_id"],
-        user_email=row["user_email"],
-        metadata=row["metadata"],
+        # The one infinity, where there is none: of a million records each would have its own.
+        expire_s=expire_s if math.isfinite(expire_s) else math.inf,
+        secret_end_s=secret_end_s if math.isfinite(secret_end_s) else math.inf,
+        shown=show(
+            KeyIdentity(
+                key_id=row["key_id"],
+                organization_id=organization_id,
+                user_id=row["user_id"],
+                user_email=row["user_email"],
+                key_name=row["key_name"],
+                key_type=KeyType(row["key_type"]),
+                environment=Environment(row["environment"]),
+                permissions=permissions,
+                create_s=row["create_s"],
+                end_s=min(expire_s, secret_end_s),
+                metadata=json.loads(row["metadata"]) if row["metadata"] != "{}" else {},
+            )
+        ),
     )
 
 

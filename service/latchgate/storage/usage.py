@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-
 from latchgate.storage import queries
 from latchgate.storage.postgres import Database
 
@@ -17,18 +15,17 @@ class UsageBuffer:
     def __init__(self, database: Database) -> None:
         """Takes where to write."""
         self._database = database
-        self._used: dict[int, datetime] = {}
+        self._used: dict[int, float] = {}
 
     @property
     def pending(self) -> int:
         """How many secrets have a time that is not written yet."""
         return len(self._used)
 
-    def record(self, secret_id: int, used_time: datetime) -> None:
+    def record(self, secret_id: int, used_s: float) -> None:
         """Takes note of a use. Answers overtake each other, times do not go back."""
-        noted = self._used.get(secret_id)
-        if noted is None or noted < used_time:
-            self._used[secret_id] = used_time
+        if self._used.get(secret_id, 0.0) < used_s:
+            self._used[secret_id] = used_s
 
     async def flush(self) -> None:
         """Writes what has gathered. What may not have been written is kept for the next time: twice does no harm."""
@@ -39,14 +36,14 @@ class UsageBuffer:
             try:
                 await self._write(part)
             except BaseException:
-                for secret_id, used_time in (*part, *batch):
-                    self.record(secret_id, used_time)
+                for secret_id, used_s in (*part, *batch):
+                    self.record(secret_id, used_s)
                 raise
 
-    async def _write(self, part: list[tuple[int, datetime]]) -> None:
+    async def _write(self, part: list[tuple[int, float]]) -> None:
         async with self._database.transaction() as connection:
             # A crash of the server may lose the last moments' times; waiting for the disk would be the higher price.
             await connection.execute("SET LOCAL synchronous_commit = off")
             await connection.execute(
-                queries.LAST_USED_UPDATE, [secret_id for secret_id, _ in part], [time for _, time in part]
+                queries.LAST_USED_UPDATE, [secret_id for secret_id, _ in part], [used_s for _, used_s in part]
             )

@@ -1,0 +1,183 @@
+"""What a worker holds of keys: so many and no more, to be dropped by key, by organization and by plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from latchgate.domain.model import KeyRecord
+
+# How many entries get a second chance before one has to go, however much in use all are: an insertion stays short.
+MAX_CHANCES = 64
+
+
+class _Plan:
+    """What all organizations of one plan share, so that all their keys are dropped at once."""
+
+    __slots__ = ("is_current",)
+
+    def __init__(self) -> None:
+        self.is_current = True
+
+
+class _Organization:
+    """What all entries of one organization share, so that they are dropped at once; `entries` counts them."""
+
+    __slots__ = ("entries", "id", "is_current", "plan", "plan_id")
+
+    def __init__(self, id_: str, plan_id: str, plan: _Plan) -> None:
+        self.id = id_
+        self.plan_id = plan_id
+        self.plan = plan
+        self.is_current = True
+        self.entries = 0
+
+
+class _Entry:
+    """One secret's record. `sibling` is another entry of the same key, of which a rotation leaves two."""
+
+    __slots__ = ("digest", "is_used", "organization", "record", "sibling", "slot", "until_s")
+
+    def __init__(self, digest: bytes, record: KeyRecord, organization: _Organization, until_s: float) -> None:
+        self.digest = digest
+        self.record = record
+        self.organization = organization
+        self.until_s = until_s
+        self.sibling: _Entry | None = None
+        self.slot = 0
+        self.is_used = False
+
+
+class KeyCache:
+    """Records by digest, at most `max_keys` of them.
+
+    Which one goes when a new one comes is decided by the CLOCK algorithm (Corbató, 1968): a hand goes round over all of
+    them and takes the first that was not used since it last came by. A use costs one flag, and keys that are used once
+    do not drive out those that are used again.
+    """
+
+    def __init__(self, max_keys: int) -> None:
+        """Takes how many records to hold."""
+        self._max_keys = max_keys
+        # How many records were driven out by others.
+        self.evicted = 0
+        self.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, digest: bytes, now_s: float) -> KeyRecord | None:
+        """Gives a record that is not older than it may become."""
+        entry = self._entries.get(digest)
+        if entry is None:
+            return None
+        organization = entry.organization
+        if entry.until_s <= now_s or not organization.is_current or not organization.plan.is_current:
+            self._remove(entry)
+            return None
+        entry.is_used = True
+        return entry.record
+
+    def put(self, digest: bytes, record: KeyRecord, until_s: float) -> None:
+        """Holds a record until a time of the caller's clock, in seconds."""
+        known = self._entries.get(digest)
+        if known is not None:
+            self._remove(known)
+        entry = _Entry(digest, record, self._organization(record), until_s)
+        entry.slot = self._slot()
+        self._ring[entry.slot] = entry
+        entry.organization.entries += 1
+        entry.sibling = self._by_key.get(record.key_id)
+        self._by_key[record.key_id] = entry
+        self._entries[digest] = entry
+
+    def drop_key(self, key_id: str) -> None:
+        """Forgets all secrets of a key."""
+        for entry in tuple(self._of_key(key_id)):
+            self._remove(entry)
+
+    def drop_organization(self, organization_id: str) -> None:
+        """Forgets all keys of an organization, in a time that does not depend on how many they are."""
+        organization = self._organizations.pop(organization_id, None)
+        if organization is not None:
+            organization.is_current = False
+
+    def drop_plan(self, plan_id: str) -> None:
+        """Forgets all keys of all organizations of a plan, likewise."""
+        plan = self._plans.pop(plan_id, None)
+        if plan is not None:
+            plan.is_current = False
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._entries: dict[bytes, _Entry] = {}
+        self._by_key: dict[str, _Entry] = {}
+        self._organizations: dict[str, _Organization] = {}
+        self._plans: dict[str, _Plan] = {}
+        self._ring: list[_Entry | None] = []
+        self._free: list[int] = []
+        self._hand = 0
+
+    def _organization(self, record: KeyRecord) -> _Organization:
+        known = self._organizations.get(record.organization_id)
+        if known is not None and known.plan_id == record.plan_id and known.plan.is_current:
+            return known
+        if known is not None:
+            # It has another plan by now: what was read under the former one is of the past.
+            known.is_current = False
+        plan = self._plans.setdefault(record.plan_id, _Plan())
+        organization = _Organization(record.organization_id, record.plan_id, plan)
+        self._organizations[record.organization_id] = organization
+        return organization
+
+    def _slot(self) -> int:
+        """Gives a free place in the ring; makes one if there is none."""
+        if self._free:
+            return self._free.pop()
+        if len(self._ring) < self._max_keys:
+            self._ring.append(None)
+            return len(self._ring) - 1
+        for _ in range(MAX_CHANCES):
+            entry = self._at_hand()
+            if not entry.is_used:
+                break
+            entry.is_used = False
+            self._hand += 1
+        self._remove(self._at_hand())
+        self.evicted += 1
+        return self._free.pop()
+
+    def _at_hand(self) -> _Entry:
+        """Gives the entry under the hand; only while no place is free."""
+        if self._hand >= len(self._ring):
+            self._hand = 0
+        entry = self._ring[self._hand]
+        if entry is None:
+            raise LookupError("a place of the ring is free, and is not known to be")
+        return entry
+
+    def _of_key(self, key_id: str) -> Iterator[_Entry]:
+        entry = self._by_key.get(key_id)
+        while entry is not None:
+            yield entry
+            entry = entry.sibling
+
+    def _remove(self, entry: _Entry) -> None:
+        del self._entries[entry.digest]
+        self._ring[entry.slot] = None
+        self._free.append(entry.slot)
+        self._unlink(entry)
+        organization = entry.organization
+        organization.entries -= 1
+        if not organization.entries and self._organizations.get(organization.id) is organization:
+            del self._organizations[organization.id]
+
+    def _unlink(self, entry: _Entry) -> None:
+        key_id = entry.record.key_id
+        head = self._by_key[key_id]
+        if head is not entry:
+            before = next(each for each in self._of_key(key_id) if each.sibling is entry)
+            before.sibling = entry.sibling
+        elif entry.sibling is None:
+            del self._by_key[key_id]
+        else:
+            self._by_key[key_id] = entry.sibling

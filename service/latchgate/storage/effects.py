@@ -1,0 +1,159 @@
+"""The wait until a change is effective: one reader of the workers' rows for all calls of this worker that wait."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import UUID
+
+import structlog
+
+from latchgate.domain.coherence import LeaseTerms
+from latchgate.domain.effects import Member, longest_wait_s, standing
+from latchgate.domain.errors import StorageUnavailableError
+from latchgate.domain.model import Effect
+from latchgate.storage import queries
+from latchgate.storage.link import Link
+from latchgate.storage.postgres import Connection
+
+# Between two readings: short for a change that was made just now, longer for one that waits for a lease to end.
+LEAST_PAUSE_S = 0.002
+MOST_PAUSE_S = 0.05
+RETRY_S = 0.2
+
+_log = structlog.get_logger("latchgate.coherence")
+
+
+@dataclass(eq=False, slots=True)
+class _Wait:
+    """A call that waits. `since_s` is a time when its change was committed already."""
+
+    revision: int
+    since_s: float
+    remaining_s: float
+    ended: asyncio.Future[None]
+
+    def take(self, remaining_s: float) -> None:
+        self.remaining_s = remaining_s
+        if remaining_s <= 0 and not self.ended.done():
+            self.ended.set_result(None)
+
+
+class EffectPoller:
+    """Implements latchgate.domain.ports.EffectWaiter, for workers that answer from memory under a lease."""
+
+    def __init__(self, *, link: Link, boottime: Callable[[], float], poke: Callable[[], None]) -> None:
+        """Takes a connection of its own, the clock, and how to have this worker read the log at once."""
+        self._link = link
+        self._lock = asyncio.Lock()
+        self._boottime = boottime
+        self._poke = poke
+        self._waits: set[_Wait] = set()
+        self._news = asyncio.Event()
+        self._polling: asyncio.Task[None] | None = None
+        # How far each row had been renewed when it was first seen so, and when that was.
+        self._seen: dict[UUID, tuple[int, float]] = {}
+
+    async def wait(self, revision: int, until_s: float) -> Effect:
+        """Waits until no worker answers from before `revision`, or the clock is `until_s`.
+
+        What time makes sure of is counted from now, when the change is committed: also for one that an earlier call
+        made, of which no one knows when that was.
+        """
+        if not revision:
+            return Effect(revision=0)
+        now_s = self._boottime()
+        wait = _Wait(revision, now_s, longest_wait_s(now_s, now_s), asyncio.get_running_loop().create_future())
+        self._waits.add(wait)
+        self._poke()
+        self._news.set()
+        if self._polling is None:
+            self._polling = asyncio.create_task(self._poll())
+        try:
+            await asyncio.wait({wait.ended}, timeout=None if until_s == math.inf else max(until_s - now_s, 0.0))
+        finally:
+            self._waits.discard(wait)
+        if not wait.ended.done():
+            return Effect(revision=revision, max_remaining=timedelta(seconds=wait.remaining_s))
+        wait.ended.result()
+        return Effect(revision=revision)
+
+    async def sweep(self) -> None:
+        """Takes off workers that have been silent for longer than any change would wait for them."""
+        async with self._lock, self._link.connection() as connection:
+            members, now_s = await _members(connection), self._boottime()
+            standing_so = {member.incarnation: (member.renewals, now_s) for member in members}
+            for incarnation, (renewals, seen_s) in self._seen.items():
+                if standing_so.get(incarnation, (-1, now_s))[0] == renewals:
+                    standing_so[incarnation] = (renewals, seen_s)
+            self._seen = standing_so
+            await _evict(connection, [member for member in members if self._is_silent(member, now_s)])
+
+    async def close(self) -> None:
+        """Ends the reading; calls that still wait are told PENDING at their own time."""
+        if self._polling is not None:
+            self._polling.cancel()
+            await asyncio.gather(self._polling, return_exceptions=True)
+        self._link.cut()
+
+    def _is_silent(self, member: Member, now_s: float) -> bool:
+        return now_s - self._seen[member.incarnation][1] > LeaseTerms(length_s=member.lease_s).wait_s
+
+    async def _poll(self) -> None:
+        """Reads the workers' rows until nobody waits."""
+        try:
+            while self._waits:
+                # Those whose changes are committed when the statement is sent; who comes later waits for the next one.
+                asked = tuple(self._waits)
+                self._news.clear()
+                try:
+                    pause_s = await self._look(asked)
+                except StorageUnavailableError:
+                    pause_s = RETRY_S
+                    for wait in asked:
+                        wait.take(longest_wait_s(wait.since_s, self._boottime()))
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), pause_s)
+        except Exception as error:  # noqa: BLE001 - it is theirs who wait, and they would wait for ever
+            for wait in self._waits:
+                if not wait.ended.done():
+                    wait.ended.set_exception(error)
+        finally:
+            self._polling = None
+
+    async def _look(self, asked: Sequence[_Wait]) -> float:
+        """Reads the rows once, for those who wait; gives how long to pause."""
+        async with self._lock, self._link.connection() as connection:
+            members = await _members(connection)
+            now_s = self._boottime()
+            overdue: set[Member] = set()
+            for wait in asked:
+                stands = standing(wait.revision, wait.since_s, members, now_s)
+                overdue.update(stands.overdue)
+                wait.take(stands.remaining_s)
+            await _evict(connection, overdue)
+        youngest_s = now_s - max(wait.since_s for wait in asked)
+        return min(max(youngest_s / 4, LEAST_PAUSE_S), MOST_PAUSE_S)
+
+
+async def _members(connection: Connection) -> Sequence[Member]:
+    return [
+        Member(
+            incarnation=row["incarnation"],
+            applied_revision=row["applied_revision"],
+            renewals=row["renewals"],
+            lease_s=row["lease_s"],
+        )
+        for row in await connection.fetch(queries.WORKER_LIST)
+    ]
+
+
+async def _evict(connection: Connection, members: Iterable[Member]) -> None:
+    """Takes workers off whose leases have ended, unless they have come back to life since their rows were read."""
+    for member in members:
+        if await connection.fetchval(queries.WORKER_EVICT, member.incarnation, member.renewals):
+            _log.warning("worker_evicted", incarnation=str(member.incarnation))
