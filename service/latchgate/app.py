@@ -301,7 +301,13 @@ def _backend(
     )
     organizations = OrganizationManager(store=store, effects=effects, make_id=make_id)
     services = {
-        KEY_SERVICE.full_name: KeyService(keys=keys, validator=validator, pages=pages, outcomes=parts.metrics),
+        KEY_SERVICE.full_name: KeyService(
+            keys=keys,
+            validator=validator,
+            pages=pages,
+            outcomes=parts.metrics,
+            answer_ttl_s=parts.settings.answer_ttl_seconds,
+        ),
         ORGANIZATION_SERVICE.full_name: OrganizationService(organizations=organizations, pages=pages),
     }
     return Backend(validator=validator, boottime=boottime, services=services)

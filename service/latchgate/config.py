@@ -133,6 +133,7 @@ class Settings(BaseSettings):
     pool_size: int = Field(default=10, ge=1, le=1000)
     lease_seconds: float = Field(default=10.0, ge=0.2, le=MAX_LEASE_S)
     cache_keys: int = Field(default=200_000, ge=1)
+    answer_ttl_seconds: float = Field(default=0.0, ge=0, le=3600)
     listen: Address = "127.0.0.1:50051"
     metrics_listen: Address = "127.0.0.1:9464"
     root_token: Secret | None = None

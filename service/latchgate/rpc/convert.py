@@ -314,14 +314,20 @@ def identity(key: KeyIdentity) -> bytes:
     return message.SerializeToString()
 
 
-def validate_response(verdict: Verdict) -> bytes:
-    """Writes a verdict as a ValidateResponse: what was written of the key when it was loaded, and what is new."""
+def validate_response(verdict: Verdict, ttl_s: float = 0.0) -> bytes:
+    """Writes a verdict as a ValidateResponse: what was written of the key when it was loaded, and what is new.
+
+    `ttl_s` is for how long a VALID answer may be used again, if the key has no limit to be counted against.
+    """
     record, rate = verdict.record, verdict.rate
-    told = _told(verdict.outcome, verdict.revision)
     if record is None:
-        return told
+        return _told(verdict.outcome, verdict.revision, 0)
     if rate is None:
-        return record.shown + told
+        if ttl_s and verdict.outcome is Outcome.VALID:
+            ttl_s = min(ttl_s, record.expire_s - verdict.now_s, record.secret_end_s - verdict.now_s)
+            return record.shown + _told(verdict.outcome, verdict.revision, int(ttl_s * 1000))
+        return record.shown + _told(verdict.outcome, verdict.revision, 0)
+    told = _told(verdict.outcome, verdict.revision, 0)
     limit = key_service_pb2.ValidateResponse()
     limit.rate_limit.limit = rate.limit
     limit.rate_limit.remaining = rate.remaining
@@ -330,9 +336,12 @@ def validate_response(verdict: Verdict) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _told(outcome: Outcome, revision: int) -> bytes:
+def _told(outcome: Outcome, revision: int, ttl_ms: int) -> bytes:
     """Writes what many answers have in common."""
-    return key_service_pb2.ValidateResponse(outcome=_OUTCOME[outcome], revision=revision).SerializeToString()
+    message = key_service_pb2.ValidateResponse(outcome=_OUTCOME[outcome], revision=revision)
+    if ttl_ms:
+        message.cache_ttl.FromMilliseconds(ttl_ms)
+    return message.SerializeToString()
 
 
 def _set_seconds(message: timestamp_pb2.Timestamp, seconds: float) -> None:

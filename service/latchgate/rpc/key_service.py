@@ -22,8 +22,17 @@ MAX_BATCH = 100
 class KeyService:
     """Serves apikeys.v1.KeyService."""
 
-    def __init__(self, *, keys: KeyManager, validator: Validator, pages: PageTokens, outcomes: OutcomeObserver) -> None:
-        """Takes the use cases, and who is told of outcomes."""
+    def __init__(
+        self,
+        *,
+        keys: KeyManager,
+        validator: Validator,
+        pages: PageTokens,
+        outcomes: OutcomeObserver,
+        answer_ttl_s: float,
+    ) -> None:
+        """Takes the use cases, who is told of outcomes, and for how long answers may be used again."""
+        self._answer_ttl_s = answer_ttl_s
         self._keys = keys
         self._validator = validator
         self._pages = pages
@@ -100,15 +109,16 @@ class KeyService:
 
     async def validate(self, request: pb.ValidateRequest, caller: Caller | None) -> bytes:
         """Judges a token; gives a ValidateResponse as it is sent."""
-        return convert.validate_response(await self._judge(request, _only_organization(caller)))
+        verdict = await self._judge(request, _only_organization(caller))
+        return convert.validate_response(verdict, self._answer_ttl_s)
 
     async def batch_validate(self, request: pb.BatchValidateRequest, caller: Caller | None) -> pb.BatchValidateResponse:
         """Judges tokens, in the order in which they are given."""
         if len(request.requests) > MAX_BATCH:
             raise InvalidFieldError([("requests", f"must be at most {MAX_BATCH}; this is {len(request.requests)}")])
         verdicts = await self._judge_all(request.requests, _only_organization(caller))
-        answers = [pb.ValidateResponse.FromString(convert.validate_response(verdict)) for verdict in verdicts]
-        return pb.BatchValidateResponse(responses=answers)
+        answers = (convert.validate_response(verdict, self._answer_ttl_s) for verdict in verdicts)
+        return pb.BatchValidateResponse(responses=[pb.ValidateResponse.FromString(answer) for answer in answers])
 
     async def _judge(self, request: pb.ValidateRequest, only_organization_id: str) -> Verdict:
         verdict = await self._validator.validate(
