@@ -37,10 +37,16 @@ def _evicted_with_cache(state: State) -> bool:
     return worker.stage is Stage.JOINED and worker.row == NONE and worker.cached != NONE
 
 
-def _rejoined_with_old_lookup(state: State) -> bool:
-    """A has joined again, with a lookup under way that is older than what it has applied."""
+def _old_row_under_way(state: State) -> bool:
+    """A has joined, and has applied more than a row that is still under way to it shows."""
     worker = state.workers[0]
     return worker.stage is Stage.JOINED and worker.applied == 2 and worker.lookups == (1,)
+
+
+def _applied_without_renewal(state: State) -> bool:
+    """A has applied change 1 under a lease that began before the wait for it: a wake-up told it."""
+    worker = state.workers[0]
+    return worker.lease != NONE and bool(worker.lease & 1 << 1) and worker.applied == 1
 
 
 def _acknowledged_late(state: State) -> bool:
@@ -94,7 +100,8 @@ def test_row_that_says_too_much_is_seen(mutant: Mutant) -> None:
         _served_new,
         _served_old_while_waiting,
         _evicted_with_cache,
-        _rejoined_with_old_lookup,
+        _old_row_under_way,
+        _applied_without_renewal,
         _acknowledged_late,
         _leaving,
     ],
