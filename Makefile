@@ -81,6 +81,10 @@ check: ## Everything that CI runs
 bench: $(STAMP) ## Measure Validate against a no-op of the same size; writes docs/performance.md
 	@$(BIN)/python tests/bench/run.py
 
+.PHONY: model
+model: $(STAMP) ## Search all that the coherence protocol can do, and that each mistake is found
+	@$(BIN)/python tests/model/run.py
+
 .PHONY: lock
 lock: $(STAMP) ## Pin the newest allowed packages, with hashes, for every platform and Python
 	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.11 --no-emit-index-url --no-annotate \
