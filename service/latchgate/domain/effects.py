@@ -15,19 +15,21 @@ MAX_LEASE_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A worker's row, as one snapshot shows it."""
+    """A worker's row, as one snapshot shows it. `seen_revision` is how far its last renewal read the log."""
 
     incarnation: UUID
     applied_revision: int
+    seen_revision: int
     renewals: int
     lease_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """Where a change stands: for how long it may still not hold somewhere, and whose leases must have ended by now.
+    """Where a change stands: for how long it may still not hold somewhere, and which workers' leases have ended.
 
-    With nothing remaining it is effective: no worker can answer from before it.
+    With nothing remaining it is effective: no worker can answer from before it. Those that are overdue may be taken
+    off, if they still have not renewed their rows since the change; until then every change waits for them.
     """
 
     remaining_s: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -91,7 +91,9 @@ class EffectPoller:
                 if standing_so.get(incarnation, (-1, now_s))[0] == renewals:
                     standing_so[incarnation] = (renewals, seen_s)
             self._seen = standing_so
-            await _evict(connection, [member for member in members if self._is_silent(member, now_s)])
+            for member in members:
+                if self._is_silent(member, now_s):
+                    await _evict(connection, queries.WORKER_EVICT_SILENT, member.incarnation, member.renewals)
 
     async def close(self) -> None:
         """Ends the reading; calls that still wait are told PENDING at their own time."""
@@ -130,12 +132,13 @@ class EffectPoller:
         async with self._lock, self._link.connection() as connection:
             members = await _members(connection)
             now_s = self._boottime()
-            overdue: set[Member] = set()
+            overdue: dict[UUID, int] = {}
             for wait in asked:
                 stands = standing(wait.revision, wait.since_s, members, now_s)
-                overdue.update(stands.overdue)
                 wait.take(stands.remaining_s)
-            await _evict(connection, overdue)
+                overdue |= {member.incarnation: wait.revision for member in stands.overdue}
+            for incarnation, revision in overdue.items():
+                await _evict(connection, queries.WORKER_EVICT, incarnation, revision)
         youngest_s = now_s - max(wait.since_s for wait in asked)
         return min(max(youngest_s / 4, LEAST_PAUSE_S), MOST_PAUSE_S)
 
@@ -145,6 +148,7 @@ async def _members(connection: Connection) -> Sequence[Member]:
         Member(
             incarnation=row["incarnation"],
             applied_revision=row["applied_revision"],
+            seen_revision=row["seen_revision"],
             renewals=row["renewals"],
             lease_s=row["lease_s"],
         )
@@ -152,8 +156,7 @@ async def _members(connection: Connection) -> Sequence[Member]:
     ]
 
 
-async def _evict(connection: Connection, members: Iterable[Member]) -> None:
-    """Takes workers off whose leases have ended, unless they have come back to life since their rows were read."""
-    for member in members:
-        if await connection.fetchval(queries.WORKER_EVICT, member.incarnation, member.renewals):
-            _log.warning("worker_evicted", incarnation=str(member.incarnation))
+async def _evict(connection: Connection, statement: str, incarnation: UUID, compared: int) -> None:
+    """Takes a worker off whose lease has ended, unless it has come back to life since its row was read."""
+    if await connection.fetchval(statement, incarnation, compared):
+        _log.warning("worker_evicted", incarnation=str(incarnation))

@@ -268,12 +268,14 @@ ORDER BY c.revision
 # Reads the log.
 LOG_READ = _LOG.format(renewal="", member="EXISTS (SELECT 1 FROM worker WHERE incarnation = $1)")
 
-# Reads the log and renews the worker's row in one statement. A crash of the server may take a renewal back: it is then
-# as if the worker had been silent, and no lease is longer for it.
+# Reads the log and renews the worker's row in one statement; the row tells how far this very reading went. A crash of
+# the server may take a renewal back: it is then as if the worker had been silent, and no lease is longer for it.
 LOG_READ_RENEWING = _LOG.format(
     renewal="""
 WITH renewed AS (
-    UPDATE worker SET renewals = renewals + 1, applied_revision = $2
+    UPDATE worker
+    SET renewals = renewals + 1, applied_revision = $2,
+        seen_revision = coalesce((SELECT max(revision) FROM change_log), 0)
     FROM (SELECT set_config('synchronous_commit', 'off', true)) AS hurry
     WHERE incarnation = $1
     RETURNING 1
@@ -301,10 +303,14 @@ WHERE incarnation = $1
 """
 
 # The workers, at one instant.
-WORKER_LIST = "SELECT incarnation, applied_revision, renewals, lease_s FROM worker"
+WORKER_LIST = "SELECT incarnation, applied_revision, seen_revision, renewals, lease_s FROM worker"
 
-# Takes a worker off, unless it has renewed its row since.
-WORKER_EVICT = "DELETE FROM worker WHERE incarnation = $1 AND renewals = $2 RETURNING true"
+# Takes a worker off that has not renewed its row since the change $2, for which it was waited long enough. One that
+# has, be it a moment ago and unheard of, has a lease that begins after the change: the next change must wait for it.
+WORKER_EVICT = "DELETE FROM worker WHERE incarnation = $1 AND seen_revision < $2 RETURNING true"
+
+# Takes a worker off that has not renewed its row since it was seen with $2 renewals, long enough ago.
+WORKER_EVICT_SILENT = "DELETE FROM worker WHERE incarnation = $1 AND renewals = $2 RETURNING true"
 
 WORKER_DELETE = "DELETE FROM worker WHERE incarnation = $1"
 

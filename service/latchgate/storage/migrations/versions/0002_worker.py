@@ -7,10 +7,12 @@ down_revision = "0001"
 
 _STATEMENTS = (
     # Every worker process, while a change has to wait for it. Updated all the time, on its page and in no index.
+    # seen_revision is how far the last renewal read the log: an earlier lease is older than any later change.
     """
     CREATE TABLE worker (
         incarnation uuid PRIMARY KEY,
         applied_revision bigint NOT NULL DEFAULT 0,
+        seen_revision bigint NOT NULL DEFAULT 0,
         renewals bigint NOT NULL DEFAULT 0,
         lease_s double precision NOT NULL CONSTRAINT worker_lease_positive CHECK (lease_s > 0),
         join_time timestamptz NOT NULL DEFAULT now()
