@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from latchgate.domain.keys import KeyManager
+from latchgate.storage.lookups import FindMany
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.stores import PostgresStore
-from support.databases import connected, key_manager, opened
+from support.databases import connected, finding, key_manager, opened
 
 
 @pytest.fixture
@@ -36,3 +37,10 @@ def store(database: Database) -> PostgresStore:
 def keys(store: PostgresStore) -> KeyManager:
     """The use cases of keys over this store."""
     return key_manager(store)
+
+
+@pytest.fixture
+async def find(database_url: str) -> AsyncIterator[FindMany]:
+    """Lookups, over a connection of their own."""
+    async with finding(database_url) as find:
+        yield find

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
+import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from contextlib import suppress
+from datetime import UTC, datetime
 
 import pytest
 
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.domain.keys import KeyManager
-from latchgate.domain.model import Environment, KeyType, Lookup
+from latchgate.domain.model import Environment, KeyIdentity, KeyType, Lookup
 from latchgate.domain.token import digest
-from latchgate.storage.lookups import MAX_BATCH, BatchingKeyReader, FindMany, find_many
-from latchgate.storage.postgres import LOOKUP_CONNECTIONS, Database
+from latchgate.storage.lookups import MAX_BATCH, RETRIED_WITHIN_S, BatchingKeyReader, FindMany, find_many, lookup_link
+from latchgate.storage.postgres import Database
 from latchgate.storage.stores import PostgresStore
 from support.databases import (
     ROOT_CALLER,
@@ -21,20 +25,21 @@ from support.databases import (
     connected,
     draft,
     fault_proxy,
+    finding,
     insert_key,
     insert_organization,
     opened,
     run_cancelled,
+    until,
 )
-from support.records import ManualClock
+from support.records import NOW_S, ManualClock
 
-NOW = datetime(2030, 1, 1, tzinfo=UTC)
 A, B, C = b"a" * 32, b"b" * 32, b"c" * 32
 
 
 def lookup(revision: int) -> Lookup:
     """What a statement says of an unknown digest."""
-    return Lookup(record=None, now=NOW, revision=revision)
+    return Lookup(None, NOW_S, revision)
 
 
 class Statements:
@@ -49,6 +54,12 @@ class Statements:
         answer: asyncio.Future[Mapping[bytes, Lookup]] = asyncio.get_running_loop().create_future()
         self.sent.put_nowait((digests, answer))
         return await answer
+
+    async def fail(self, error: Exception) -> Sequence[bytes]:
+        """Waits for the next statement, has it fail, and gives the digests that it asked for."""
+        digests, answer = await self.sent.get()
+        answer.set_exception(error)
+        return digests
 
     async def answer(self, revision: int) -> Sequence[bytes]:
         """Waits for the next statement, answers it, and gives the digests that it asked for."""
@@ -88,12 +99,10 @@ def observer() -> Observer:
 
 
 def make_reader(
-    statements: Statements, observer: Observer, connections: int = 1, spacing_s: float = 0.0
+    statements: Statements, observer: Observer, spacing_s: float = 0.0, clock: ManualClock | None = None
 ) -> BatchingKeyReader:
     """The reader over statements that the test answers."""
-    return BatchingKeyReader(
-        statements.find, connections=connections, observer=observer, monotonic=ManualClock(), spacing_s=spacing_s
-    )
+    return BatchingKeyReader(statements.find, observer=observer, monotonic=clock or ManualClock(), spacing_s=spacing_s)
 
 
 def started(reader: BatchingKeyReader, *digests: bytes) -> list[asyncio.Task[Lookup]]:
@@ -135,33 +144,27 @@ async def test_lookup_never_joins_a_statement_that_was_sent(statements: Statemen
     assert lookup(2) == await late
 
 
-async def test_lookups_gather_while_all_connections_are_at_work(statements: Statements, observer: Observer) -> None:
-    """No more statements are out than there are connections; what comes meanwhile goes out as one with the next free
-    connection.
-    """
-    reader = make_reader(statements, observer, connections=2)
+async def test_lookups_gather_while_the_connection_is_at_work(statements: Statements, observer: Observer) -> None:
+    """One statement is out at a time; what comes meanwhile goes out as one with the next."""
+    reader = make_reader(statements, observer)
     first = await asked(reader, A)
-    held = [await statements.sent.get()]
-    second = await asked(reader, B)
-    held.append(await statements.sent.get())
-    third = await asked(reader, A, B, C)
+    digests, answer = await statements.sent.get()
+    second = [*await asked(reader, B), *await asked(reader, A, B, C)]
     await asyncio.sleep(0)
     assert statements.sent.empty()
 
-    digests, answer = held[1]
-    answer.set_result(dict.fromkeys(digests, lookup(2)))
-    assert [A, B, C] == await statements.answer(3)
-    held[0][1].set_result(dict.fromkeys(held[0][0], lookup(1)))
-    assert [lookup(1), lookup(2), *[lookup(3)] * 3] == await asyncio.gather(*first, *second, *third)
+    answer.set_result(dict.fromkeys(digests, lookup(1)))
+    assert [B, A, C] == await statements.answer(2)
+    assert [lookup(1), *[lookup(2)] * 4] == await asyncio.gather(*first, *second)
 
 
 async def test_statements_are_kept_apart_where_lookups_come_in_numbers(
     statements: Statements, observer: Observer
 ) -> None:
-    """After a statement for several, the next one waits for a moment, although a connection is free: all that come
+    """After a statement for several, the next one waits for a moment, although the connection is free: all that come
     meanwhile go out with it, and none is answered by the one before.
     """
-    reader = make_reader(statements, observer, connections=2, spacing_s=0.2)
+    reader = make_reader(statements, observer, spacing_s=0.2)
     first = await asked(reader, A, B)
     assert [A, B] == await statements.answer(1)
     second = [*await asked(reader, A), *await asked(reader, C)]
@@ -208,24 +211,118 @@ async def test_batch_is_bounded(statements: Statements, observer: Observer) -> N
     assert {0, 1, 2} == {each.revision for each in await asyncio.gather(*tasks)}
 
 
-async def test_failure_is_told_to_all_who_wait_and_then_forgotten(statements: Statements, observer: Observer) -> None:
-    """When the database does not answer, all who wait are told at once, those of the statement and those behind it;
-    the next lookup tries anew.
-    """
-    reader = make_reader(statements, observer)
+AWAY = StorageUnavailableError("away")
+
+
+async def fail_all(statements: Statements, reader: BatchingKeyReader) -> None:
+    """Has the database be away, for a reader that is not asked anything else."""
+    (task,) = await asked(reader, A)
+    await statements.fail(AWAY)
+    await statements.fail(AWAY)
+    with pytest.raises(StorageUnavailableError, match="away"):
+        await task
+
+
+async def test_failure_is_told_to_all_who_wait(statements: Statements, observer: Observer) -> None:
+    """When the database does not answer, all who wait are told at once, those of the statement and those behind it."""
+    clock = ManualClock()
+    reader = make_reader(statements, observer, clock=clock)
     waiting = await asked(reader, A, B)
     _, answer = await statements.sent.get()
     behind = await asked(reader, C)
-    answer.set_exception(StorageUnavailableError("away"))
+    clock.advance(1)
+    answer.set_exception(AWAY)
 
     answers = await asyncio.gather(*waiting, *behind, return_exceptions=True)
     assert ["away"] * 3 == [str(each) for each in answers]
     assert [StorageUnavailableError] * 3 == [type(each) for each in answers]
     assert [2, 1] == observer.failures
+    await reader.close()
+
+
+async def test_lookups_fail_at_once_until_the_database_is_back(statements: Statements, observer: Observer) -> None:
+    """While the database is away no lookup waits for it, or is sent; it is tried with nothing asked until it answers,
+    and from then on lookups are answered.
+    """
+    reader = make_reader(statements, observer)
+    await fail_all(statements, reader)
+    for _ in range(2):
+        with pytest.raises(StorageUnavailableError, match="away"):
+            await reader.find(B)
+        assert [] == await statements.fail(StorageUnavailableError("still away"))
+    digests, answer = await statements.sent.get()
+    with pytest.raises(StorageUnavailableError, match="still away"):
+        await reader.find(B)
+    assert [1] * 4 == observer.failures
+    answer.set_result({})
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
 
     (again,) = await asked(reader, A)
-    assert [A] == await statements.answer(5)
+    assert ([], [A]) == (list(digests), await statements.answer(5))
     assert lookup(5) == await again
+
+
+async def test_statement_that_fails_quickly_is_sent_again(statements: Statements, observer: Observer) -> None:
+    """A connection that was lost while nobody used it costs no lookup: the statement goes out once more, as it was."""
+    clock = ManualClock()
+    reader = make_reader(statements, observer, clock=clock)
+    waiting = await asked(reader, A, B)
+    clock.advance(RETRIED_WITHIN_S / 2)
+    assert [A, B] == await statements.fail(AWAY)
+    assert [A, B] == await statements.answer(3)
+    assert [lookup(3)] * 2 == await asyncio.gather(*waiting)
+    assert ([2], []) == (observer.batches, observer.failures)
+
+
+async def test_statement_that_fails_slowly_is_not_sent_again(statements: Statements, observer: Observer) -> None:
+    """Who has waited for a database that does not answer is not made to wait twice as long."""
+    clock = ManualClock()
+    reader = make_reader(statements, observer, clock=clock)
+    (task,) = await asked(reader, A)
+    _, answer = await statements.sent.get()
+    clock.advance(RETRIED_WITHIN_S * 2)
+    answer.set_exception(AWAY)
+    with pytest.raises(StorageUnavailableError):
+        await task
+    # What comes next is the first try whether the database is back.
+    assert [] == await statements.answer(1)
+    await reader.close()
+
+
+async def test_lookup_that_came_after_a_failed_statement_is_not_in_its_repetition(
+    statements: Statements, observer: Observer
+) -> None:
+    """A statement that is sent again is the same: who came since waits for the next, whose answer is no older."""
+    reader = make_reader(statements, observer)
+    (first,) = await asked(reader, A)
+    _, answer = await statements.sent.get()
+    (second,) = await asked(reader, A)
+    answer.set_exception(AWAY)
+    assert [A] == await statements.answer(1)
+    assert [A] == await statements.answer(2)
+    assert (lookup(1), lookup(2)) == await asyncio.gather(first, second)
+
+
+async def test_suspicion_has_the_database_tried(statements: Statements, observer: Observer) -> None:
+    """Who has reason to think that the database is away has it tried before a lookup must wait for it: if it is away,
+    lookups fail at once; if it is not, nothing has happened.
+    """
+    reader = make_reader(statements, observer)
+    reader.suspect()
+    await statements.answer(1)
+    (task,) = await asked(reader, A)
+    await statements.answer(2)
+    assert lookup(2) == await task
+
+    reader.suspect()
+    reader.suspect()
+    await statements.fail(AWAY)
+    await statements.fail(AWAY)
+    await asyncio.sleep(0)
+    with pytest.raises(StorageUnavailableError, match="away"):
+        await reader.find(A)
+    await reader.close()
 
 
 async def test_fault_is_told_to_those_who_asked_and_the_next_are_served(
@@ -295,46 +392,100 @@ async def test_close_leaves_nobody_waiting(statements: Statements, observer: Obs
     assert ["the lookup was not finished", "the service is stopping"] == [str(answer) for answer in answers]
 
 
-async def test_known_and_unknown_digests_are_told_apart(database: Database, store: PostgresStore) -> None:
+async def test_known_and_unknown_digests_are_told_apart(store: PostgresStore, find: FindMany) -> None:
     """One statement answers for many digests, at one instant: a record with the key's, organization's and plan's values
     for each that is known, none for the others.
     """
     await insert_organization(store)
     limited, limited_token = await insert_key(store, rate_limit_per_minute=7, allowed_cidrs=("10.0.0.0/8",))
-    plain, plain_token = await insert_key(store, permissions=("read",), key_type=KeyType.PUBLISHABLE)
+    plain, plain_token = await insert_key(store, permissions=("read",))
     await store.insert_plan("fast", 60, 10)
     await store.insert_organization("other", "Other", "fast", ())
-    planned, planned_token = await insert_key(store, "other", environment=Environment.TEST)
+    planned, planned_token = await insert_key(store, "other")
     tokens = [limited_token, plain_token, planned_token, "unknown"]
 
-    found = await find_many(database)([digest(token) for token in tokens])
+    found = await find([digest(token) for token in tokens])
 
     records = [found[digest(token)].record for token in tokens]
     assert [limited.id, plain.id, planned.id, None] == [record and record.key_id for record in records]
     assert [7, 0, 60, None] == [record and record.rate_limit_per_minute for record in records]
-    assert 1 == len({(each.now, each.revision) for each in found.values()})
+    assert 1 == len({(each.now_s, each.revision) for each in found.values()})
     (first, second, third, _) = records
     assert first is not None
     assert second is not None
     assert third is not None
     assert ("10.0.0.0/8",) == tuple(map(str, first.networks))
-    assert (True, KeyType.PUBLISHABLE, ("read",)) == (
-        second.grants.cover("read"),
-        second.key_type,
-        second.permissions,
-    )
-    assert ("other", Environment.TEST, True) == (third.organization_id, third.environment, third.organization_active)
+    assert (True, False) == (second.grants.cover("read"), first.grants.cover("read"))
+    assert ("other", "fast", True) == (third.organization_id, third.plan_id, third.organization_active)
+    assert ("acme", "acme", True) == (second.organization_id, second.plan_id, second.organization_active)
+
+
+async def test_what_is_shown_of_a_key_is_all_of_it(database_url: str, store: PostgresStore) -> None:
+    """What answers show of a key is written from all that was stored of it, with the earlier of the key's end and the
+    token's as its end, when it is loaded and not later.
+    """
+    await insert_organization(store)
+    sooner, later = (datetime(2090, 1, day, 12, 30, 0, 123456, tzinfo=UTC) for day in (1, 2))
+    shown: dict[str, KeyIdentity] = {}
+    expected = {}
+
+    def note(identity: KeyIdentity) -> bytes:
+        shown[identity.key_id] = identity
+        return identity.key_id.encode()
+
+    link = lookup_link(database_url)
+    for key_type, expire_time, end_time, end in (
+        (KeyType.SECRET, sooner, later, sooner),
+        (KeyType.PUBLISHABLE, later, sooner, sooner),
+        (KeyType.SECRET, later, None, later),
+        (KeyType.SECRET, None, later, later),
+        (KeyType.SECRET, None, None, None),
+    ):
+        key, token = await insert_key(
+            store,
+            name="Billing",
+            key_type=key_type,
+            environment=Environment.TEST,
+            permissions=("read", "write"),
+            expire_time=expire_time,
+            user_id="u1",
+            user_email="u1@example.com",
+            metadata={"team": "b"},
+        )
+        async with connected(database_url) as connection:
+            await connection.execute("UPDATE secret SET end_time = $2 WHERE key_id = $1", key.id, end_time)
+        record = (await find_many(link, note)([digest(token)]))[digest(token)].record
+        expected[key.id] = KeyIdentity(
+            key_id=key.id,
+            organization_id="acme",
+            user_id="u1",
+            user_email="u1@example.com",
+            key_name="Billing",
+            key_type=key_type,
+            environment=Environment.TEST,
+            permissions=("read", "write"),
+            create_s=key.create_time.timestamp(),
+            end_s=end.timestamp() if end else math.inf,
+            metadata={"team": "b"},
+        )
+        assert record is not None
+        assert (key.id.encode(), expire_time.timestamp() if expire_time else math.inf) == (
+            record.shown,
+            record.expire_s,
+        )
+        assert (end_time.timestamp() if end_time else math.inf) == record.secret_end_s
+    link.cut()
+
+    assert expected == shown
 
 
 async def test_lookup_shows_every_change_that_was_committed_before_it(
-    database: Database, store: PostgresStore, keys: KeyManager
+    store: PostgresStore, keys: KeyManager, find: FindMany
 ) -> None:
     """A lookup that begins after a change has returned shows it, however many others are under way."""
     await insert_organization(store)
     issued = await keys.create(ROOT_CALLER, "acme", draft())
-    reader = BatchingKeyReader(
-        find_many(database), connections=LOOKUP_CONNECTIONS, observer=Observer(), monotonic=ManualClock()
-    )
+    reader = BatchingKeyReader(find, observer=Observer(), monotonic=ManualClock())
     wanted = digest(issued.token)
     stop = asyncio.Event()
 
@@ -353,49 +504,66 @@ async def test_lookup_shows_every_change_that_was_committed_before_it(
     await reader.close()
 
 
-async def test_times_are_those_of_the_statement(database: Database, store: PostgresStore) -> None:
+async def test_times_are_those_of_the_statement(store: PostgresStore, find: FindMany) -> None:
     """A lookup's time is the database's, of the statement, so that an expiry is judged by one clock."""
     await insert_organization(store)
     _, token = await insert_key(store)
-    find = find_many(database)
     first = (await find([digest(token)]))[digest(token)]
     second = (await find([digest(token)]))[digest(token)]
 
-    assert first.now < second.now < first.now + timedelta(hours=1)
+    assert first.now_s < second.now_s < first.now_s + 3600
 
 
 async def test_lookups_recover_from_an_outage(database_url: str) -> None:
-    """While the database is away each lookup is refused at once; when it is back the next one is answered."""
+    """While the database is away each lookup is refused at once; soon after it is back lookups are answered."""
     observer = Observer()
-    async with fault_proxy(database_url) as proxy, opened(proxy.url) as database:
+    async with fault_proxy(database_url) as proxy, opened(proxy.url) as database, finding(proxy.url) as find:
         await insert_organization(PostgresStore(database))
         key, token = await insert_key(PostgresStore(database))
-        reader = BatchingKeyReader(
-            find_many(database), connections=LOOKUP_CONNECTIONS, observer=observer, monotonic=ManualClock()
-        )
+        reader = BatchingKeyReader(find, observer=observer, monotonic=time.monotonic)
         assert (await reader.find(digest(token))).record is not None
         proxy.refuse()
         for _ in range(3):
             answers = await asyncio.gather(*(reader.find(digest(token)) for _ in range(5)), return_exceptions=True)
             assert [StorageUnavailableError] * 5 == [type(answer) for answer in answers]
         proxy.accept()
+        found = []
 
-        found = (await reader.find(digest(token))).record
+        async def is_answered() -> bool:
+            with suppress(StorageUnavailableError):
+                found.append((await reader.find(digest(token))).record)
+            return bool(found)
+
+        await until(is_answered)
         await reader.close()
 
-    assert found is not None
-    assert key.id == found.key_id
+    assert found[0] is not None
+    assert key.id == found[0].key_id
 
 
-async def test_lookups_that_are_cancelled_leave_their_connections_clean(database: Database, database_url: str) -> None:
-    """A lookup that is cancelled at any of its waits leaves both lookup connections usable."""
-    find = find_many(database)
-    number, waits = 0, None
+async def test_connection_that_was_lost_unnoticed_costs_no_lookup(database_url: str) -> None:
+    """A lookup over a connection that was cut since it was last used is answered: it is sent again over a new one."""
+    observer = Observer()
+    async with fault_proxy(database_url) as proxy, finding(proxy.url) as find:
+        reader = BatchingKeyReader(find, observer=observer, monotonic=time.monotonic)
+        for _ in range(3):
+            assert (await reader.find(A)).record is None
+            proxy.cut()
+        await reader.close()
+    assert [] == observer.failures
+
+
+async def test_lookups_that_are_cancelled_leave_their_connection_clean(
+    database: Database, database_url: str, find: FindMany
+) -> None:
+    """After a lookup that is cancelled at any of its waits the next is answered, and no session is left behind."""
     async with connected(database_url) as onlooker:
-        while waits is None:
-            number += 1
+        for number in itertools.count(1):
             waits = await run_cancelled(_one_lookup(find), number)
+            assert (await find([A]))[A].record is None
             await assert_all_usable(database, onlooker)
+            if waits is not None:
+                break
     assert number > 1
 
 

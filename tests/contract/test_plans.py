@@ -13,10 +13,11 @@ import pytest
 
 from latchgate.domain.model import KeyFilter
 from latchgate.storage import queries
-from latchgate.storage.lookups import find_many
-from latchgate.storage.postgres import Connection, Database, lent
+from latchgate.storage.link import Link
+from latchgate.storage.lookups import find_many, lookup_link
+from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.stores import PostgresStore
-from support.databases import connected, opened
+from support.databases import connected, opened, show
 
 KEYS = 60_000
 PAGE = 100
@@ -67,6 +68,14 @@ async def filled(filled_url: str) -> AsyncIterator[Database]:
         yield database
 
 
+@pytest.fixture
+async def lookups(filled_url: str) -> AsyncIterator[Link]:
+    """The connection for lookups on it."""
+    link = lookup_link(filled_url)
+    yield link
+    link.cut()
+
+
 async def generic_plan(connection: Connection, statement: str, types: str, values: str) -> dict[str, Any]:
     """The plan by which the connection would run a statement that it keeps prepared."""
     await connection.execute(f"PREPARE kept ({types}) AS {statement}")
@@ -102,12 +111,12 @@ FIND_ACCESSES = {
 
 
 @pytest.mark.parametrize("count", [1, 500])
-async def test_lookup_goes_by_the_digest(filled: Database, count: int) -> None:
+async def test_lookup_goes_by_the_digest(lookups: Link, count: int) -> None:
     """The Validate query reaches secrets by the index on the digest, and what belongs to them by primary keys, for one
     digest and for as many as are ever sent at once.
     """
     digests = f"(SELECT array_agg(digest) FROM (SELECT digest FROM secret LIMIT {count}) s)"  # noqa: S608 - a figure
-    async with lent(filled.lookups) as connection:
+    async with lookups.connection() as connection:
         array = await connection.fetchval(f"SELECT quote_literal({digests}::text)")
         plan = await generic_plan(connection, queries.SECRET_FIND, "bytea[]", array)
 
@@ -116,21 +125,23 @@ async def test_lookup_goes_by_the_digest(filled: Database, count: int) -> None:
     assert "(digest = ANY ($1))" == secret["Index Cond"]
 
 
-async def test_lookup_goes_by_the_digest_on_a_database_that_was_new(database: Database) -> None:
+async def test_lookup_goes_by_the_digest_on_a_database_that_was_new(database_url: str) -> None:
     """The plan is the same before anything is stored: connections are kept for weeks, and so are their plans."""
-    async with lent(database.lookups) as connection:
+    link = lookup_link(database_url)
+    async with link.connection() as connection:
         plan = await generic_plan(connection, queries.SECRET_FIND, "bytea[]", "'{}'")
+    link.cut()
 
     assert FIND_ACCESSES == accesses(plan)
 
 
-async def test_lookups_are_planned_once(filled: Database) -> None:
+async def test_lookups_are_planned_once(lookups: Link) -> None:
     """Lookups of any number of digests share one plan from the first on."""
-    find = find_many(filled)
+    find = find_many(lookups, show)
     for count in (1, 2, 3, 500):
         await find([bytes([count % 256]) * 32 for _ in range(count)])
 
-    async with lent(filled.lookups) as connection:
+    async with lookups.connection() as connection:
         plans = await connection.fetch(
             "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement = $1", queries.SECRET_FIND
         )

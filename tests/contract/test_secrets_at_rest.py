@@ -11,7 +11,7 @@ from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import KeyType
 from latchgate.domain.token import digest
 from latchgate.storage.bootstrap import ensure_root_key, load_tag_key
-from latchgate.storage.lookups import find_many
+from latchgate.storage.lookups import FindMany
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.requests import forget_requests
 from latchgate.storage.stores import PostgresStore
@@ -49,7 +49,7 @@ def _tables_with(dump: list[tuple[str, str]], value: str) -> set[str]:
 
 
 async def test_no_secret_token_is_stored(
-    database: Database, store: PostgresStore, keys: KeyManager, observer: Connection
+    database: Database, store: PostgresStore, keys: KeyManager, find: FindMany, observer: Connection
 ) -> None:
     """After all that can be done with tokens, none of a secret key, and no root token, tag key or request id stands
     anywhere in the database, in any form: only digests and hints. Publishable tokens are kept readable, and nowhere
@@ -63,7 +63,7 @@ async def test_no_secret_token_is_stored(
     rotated = await keys.rotate(ROOT_CALLER, created.key.id, timedelta(hours=1), REQUEST_ID)
     plain = await keys.create(ROOT_CALLER, "acme", draft())
     public = await keys.create(ROOT_CALLER, "acme", draft(key_type=KeyType.PUBLISHABLE), UUID(int=7))
-    await find_many(database)([digest(each.token) for each in (created, rotated, plain, public)])
+    await find([digest(each.token) for each in (created, rotated, plain, public)])
     await keys.revoke(ROOT_CALLER, plain.key.id, "lost")
     dump = await _columns(observer)
 

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Union, cast
 
 import asyncpg
@@ -16,7 +17,7 @@ from latchgate.domain.token import digest
 from latchgate.storage import queries, rows
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.stores import PostgresStore
-from support.databases import insert_key
+from support.databases import insert_key, show
 
 KEY_COLUMNS = {
     "id", "organization_id", "name", "key_type", "environment", "permissions", "rate_limit_per_minute", "active",
@@ -30,9 +31,10 @@ ORGANIZATION_COLUMNS = {
 PLAN_COLUMNS = {"id", "rate_limit_per_minute", "max_keys", "create_time", "update_time"}
 FOUND_COLUMNS = {
     "secret_id", "key_id", "organization_id", "organization_active", "key_name", "key_type", "environment",
-    "permissions", "allowed_cidrs", "rate_limit_per_minute", "active", "revoked", "expire_time", "secret_end_time",
-    "create_time", "user_id", "user_email", "metadata",
+    "permissions", "allowed_cidrs", "rate_limit_per_minute", "active", "revoked", "expire_s", "secret_end_s",
+    "create_s", "user_id", "user_email", "metadata", "plan_id",
 }  # fmt: skip
+LOG_COLUMNS = {"head", "timeline", "now_s", "is_member", "entity", "entity_id"}
 
 # What each constant takes and gives, as PostgreSQL understands it.
 STATEMENTS: dict[str, tuple[str, set[str]]] = {
@@ -50,8 +52,8 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "SECRET_LOCK_IN_USE": ("int8", {"?column?"}),
     "SECRET_EXISTS": ("bytea", {"exists"}),
     "SECRET_IS_GOOD_ROOT": ("bytea", {"exists"}),
-    "SECRET_FIND": ("bytea[]", {"now", "revision", "digest", *FOUND_COLUMNS}),
-    "LAST_USED_UPDATE": ("int8[] timestamptz[]", set()),
+    "SECRET_FIND": ("bytea[]", {"now_s", "revision", "digest", *FOUND_COLUMNS}),
+    "LAST_USED_UPDATE": ("int8[] float8[]", set()),
     "ORGANIZATION_GET": ("text", ORGANIZATION_COLUMNS),
     "ORGANIZATION_LOCK": ("text", {"?column?"}),
     "ORGANIZATION_LIST": ("text int8", ORGANIZATION_COLUMNS),
@@ -64,6 +66,14 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "PLAN_UPDATE": ("text int4 int4", PLAN_COLUMNS),
     "CHANGE_LOCK_TAKE": ("int8", {"pg_advisory_xact_lock"}),
     "CHANGE_INSERT": ("text text", {"revision", "pg_notify"}),
+    "CHANGE_FORGET": ("interval int8", set()),
+    "LOG_READ": ("uuid int8 int8", LOG_COLUMNS),
+    "LOG_READ_RENEWING": ("uuid int8 int8", LOG_COLUMNS),
+    "WORKER_INSERT": ("uuid float8", set()),
+    "WORKER_ACKNOWLEDGE": ("uuid int8", set()),
+    "WORKER_LIST": ("", {"incarnation", "applied_revision", "renewals", "lease_s"}),
+    "WORKER_EVICT": ("uuid int8", {"?column?"}),
+    "WORKER_DELETE": ("uuid", set()),
     "REQUEST_CLAIM": ("bytea bytea", {"slot"}),
     "REQUEST_GET": ("bytea interval", {"body_digest", "key_id", "revision", "sealed_token"}),
     "REQUEST_ANSWER": ("bytea text int8 bytea", set()),
@@ -138,9 +148,9 @@ async def test_columns_are_those_that_are_read(database: Database, store: Postgr
         Reading(
             statement=queries.SECRET_FIND,
             values=([digest(token)],),
-            reader=rows.key_record,
+            reader=partial(rows.key_record, show=show),
             result=KeyRecord,
-            beside=frozenset({"now", "revision", "digest"}),
+            beside=frozenset({"now_s", "revision", "digest"}),
         ),
         Reading(statement=queries.ORGANIZATION_GET, values=("acme",), reader=rows.organization, result=Organization),
         Reading(statement=queries.ORGANIZATION_LIST, values=("", 1), reader=rows.organization, result=Organization),

@@ -8,9 +8,8 @@ import asyncpg
 import pytest
 
 from latchgate.domain.errors import StorageUnavailableError
-from latchgate.storage.lookups import find_many
 from latchgate.storage.postgres import Connection, Database
-from support.databases import assert_all_usable, connected, opened, started_and_waiting, until
+from support.databases import assert_all_usable, connected, finding, opened, started_and_waiting, until
 
 # By what the server says (PostgreSQL documentation, appendix A): what passes by itself or with an operator's help.
 AWAY = {
@@ -115,8 +114,8 @@ async def _ask_in_transaction(database: Database) -> None:
 )
 async def test_server_that_is_not_there_is_unavailable(address: str) -> None:
     """Where nothing listens, everything is StorageUnavailableError, and the message names no host."""
-    async with opened(address) as database:
-        for ask in (_ask(database), _ask_in_transaction(database), find_many(database)([b"a" * 32])):
+    async with opened(address) as database, finding(address) as find:
+        for ask in (_ask(database), _ask_in_transaction(database), find([b"a" * 32])):
             with pytest.raises(StorageUnavailableError) as caught:
                 await ask
             assert "host" not in caught.value.message
@@ -133,8 +132,8 @@ async def test_database_that_is_missing_is_unavailable(database_url: str) -> Non
 async def test_server_that_takes_no_session_is_unavailable(postgres_url: str) -> None:
     """Whatever a server has against a new session is StorageUnavailableError."""
     address = urlunsplit(urlsplit(postgres_url)._replace(path="/template0"))
-    async with opened(address) as database:
-        for ask in (_ask(database), _ask_in_transaction(database), find_many(database)([b"a" * 32])):
+    async with opened(address) as database, finding(address) as find:
+        for ask in (_ask(database), _ask_in_transaction(database), find([b"a" * 32])):
             with pytest.raises(StorageUnavailableError):
                 await ask
 
@@ -178,7 +177,7 @@ async def test_sessions_that_are_ended_by_an_operator_are_replaced(database: Dat
     await observer.execute("SELECT pg_advisory_unlock(1)")
 
     async def have_noticed() -> bool:
-        return database.management.get_size() + database.lookups.get_size() == 0
+        return database.management.get_size() == 0
 
     await until(have_noticed)
     await assert_all_usable(database, observer)

@@ -15,7 +15,7 @@ import pytest
 from latchgate.domain.errors import StorageUnavailableError, WriteUnknownError
 from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import KeyFilter
-from latchgate.storage.lookups import find_many
+from latchgate.storage.lookups import lookup_link
 from latchgate.storage.postgres import MANAGEMENT_TIMEOUT_S, Connection, Database, is_undone
 from latchgate.storage.stores import PostgresStore
 from support.databases import (
@@ -26,6 +26,7 @@ from support.databases import (
     connected,
     draft,
     fault_proxy,
+    finding,
     insert_organization,
     key_manager,
     opened,
@@ -230,9 +231,8 @@ async def _counts(observer: Connection) -> tuple[int, int]:
 
 @asynccontextmanager
 async def impatient(url: str) -> AsyncIterator[Database]:
-    """Pools that give up waiting for an answer much sooner than the service's own."""
-    management, lookups = [asyncpg.create_pool(url, min_size=0, max_size=2, command_timeout=0.2) for _ in range(2)]
-    database = Database(await management, await lookups)
+    """A pool that gives up waiting for an answer much sooner than the service's own."""
+    database = Database(await asyncpg.create_pool(url, min_size=0, max_size=2, command_timeout=0.2))
     try:
         yield database
     finally:
@@ -267,10 +267,10 @@ async def test_silence_is_told_from_refusal(database_url: str) -> None:
                 await connection.execute("SELECT 1")
 
         async def freeze_before_lookup() -> None:
-            find = find_many(database)
-            await find([b"a" * 32])
-            proxy.freeze()
-            await find([b"a" * 32])
+            async with finding(proxy.url) as find:
+                await find([b"a" * 32])
+                proxy.freeze()
+                await find([b"a" * 32])
 
         answers: list[type[BaseException]] = []
         for work in (freeze_before_statement, freeze_before_commit, freeze_before_query, freeze_before_lookup):
@@ -359,15 +359,19 @@ async def test_cancellation_anywhere_leaves_nothing_behind(
     assert [] == complaints
 
 
-async def test_transaction_that_stands_still_is_ended_by_the_server(database: Database, observer: Connection) -> None:
+async def test_transaction_that_stands_still_is_ended_by_the_server(
+    database: Database, database_url: str, observer: Connection
+) -> None:
     """A transaction that nobody goes on with does not hold its locks for ever: the server ends it."""
     async with database.management.acquire() as connection:
         settings = {
             name: await connection.fetchval(f"SHOW {name}")
             for name in ("idle_in_transaction_session_timeout", "statement_timeout", "lock_timeout", "TimeZone", "jit")
         }
-    async with database.lookups.acquire() as connection:
+    lookups = lookup_link(database_url)
+    async with lookups.connection() as connection:
         lookup_timeout = await connection.fetchval("SHOW statement_timeout")
+    lookups.cut()
 
     assert {
         "idle_in_transaction_session_timeout": "5s",

@@ -26,6 +26,7 @@ from support.databases import (
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
+NOON_S = NOON.timestamp()
 # All but that of the root key.
 TIMES = "SELECT used_time FROM last_used WHERE secret_id > 1 ORDER BY secret_id"
 
@@ -46,9 +47,9 @@ async def test_flush_writes_what_gathered(database: Database, store: PostgresSto
     """A flush writes the latest time of each secret that was used, touches no other, and leaves nothing to write."""
     first, second, _ = await _secrets(store, observer, 3)
     usage = UsageBuffer(database)
-    usage.record(second, NOON)
-    usage.record(first, NOON)
-    usage.record(first, NOON + SECOND)
+    usage.record(second, NOON_S)
+    usage.record(first, NOON_S)
+    usage.record(first, NOON_S + 1)
     assert 2 == usage.pending
 
     await usage.flush()
@@ -71,7 +72,7 @@ async def test_flush_is_split_into_batches(
     monkeypatch.setattr(usage_module, "FLUSH_ROWS", 2)
     usage = UsageBuffer(database)
     for number, secret_id in enumerate(await _secrets(store, observer, 5)):
-        usage.record(secret_id, NOON + number * SECOND)
+        usage.record(secret_id, NOON_S + number)
 
     await usage.flush()
 
@@ -84,12 +85,12 @@ async def test_time_never_goes_back(database: Database, store: PostgresStore, ob
     """An earlier time changes nothing: not in memory, and not when another worker has written a later one."""
     (secret_id,) = await _secrets(store, observer, 1)
     usage, other = UsageBuffer(database), UsageBuffer(database)
-    usage.record(secret_id, NOON)
-    usage.record(secret_id, NOON - SECOND)
+    usage.record(secret_id, NOON_S)
+    usage.record(secret_id, NOON_S - 1)
     await usage.flush()
     assert [NOON] == await _times(observer)
 
-    other.record(secret_id, NOON - SECOND)
+    other.record(secret_id, NOON_S - 1)
     await other.flush()
     assert [NOON] == await _times(observer)
 
@@ -100,8 +101,8 @@ async def test_secret_that_is_gone_is_passed_over(
     """A time for a secret that is not there any more does not keep the others from being written."""
     (secret_id,) = await _secrets(store, observer, 1)
     usage = UsageBuffer(database)
-    usage.record(secret_id, NOON)
-    usage.record(secret_id + 1000, NOON)
+    usage.record(secret_id, NOON_S)
+    usage.record(secret_id + 1000, NOON_S)
 
     await usage.flush()
 
@@ -115,11 +116,11 @@ async def test_what_is_used_during_a_flush_is_written_by_the_next(
     """Uses that come while a flush is under way wait for the next one."""
     (secret_id,) = await _secrets(store, observer, 1)
     usage = UsageBuffer(database)
-    usage.record(secret_id, NOON)
+    usage.record(secret_id, NOON_S)
     async with database.transaction() as holder:
         await holder.execute("SELECT 1 FROM last_used FOR UPDATE")
         flush = await started_and_waiting(observer, usage.flush())
-        usage.record(secret_id, NOON + SECOND)
+        usage.record(secret_id, NOON_S + 1)
     await flush
     assert ([NOON], 1) == (await _times(observer), usage.pending)
 
@@ -132,13 +133,13 @@ async def test_nothing_is_lost_while_the_database_is_away(database_url: str, obs
     async with fault_proxy(database_url) as proxy, opened(proxy.url) as database:
         first, second = await _secrets(PostgresStore(database), observer, 2)
         usage = UsageBuffer(database)
-        usage.record(first, NOON)
-        usage.record(second, NOON)
+        usage.record(first, NOON_S)
+        usage.record(second, NOON_S)
         proxy.refuse()
         for _ in range(2):
             with pytest.raises(StorageUnavailableError):
                 await usage.flush()
-        usage.record(second, NOON + SECOND)
+        usage.record(second, NOON_S + 1)
         assert 2 == usage.pending
         proxy.accept()
 
@@ -163,7 +164,7 @@ async def test_nothing_is_lost_when_it_is_not_known_whether_it_was_written(
             async with database.transaction() as connection:
                 await connection.execute("UPDATE last_used SET used_time = NULL")
             proxy.strike(number, Fault.LOSE_REQUEST)
-            usage.record(secret_id, NOON)
+            usage.record(secret_id, NOON_S)
             try:
                 await usage.flush()
             except (StorageUnavailableError, WriteUnknownError) as error:
@@ -182,11 +183,11 @@ async def test_flush_that_is_cancelled_keeps_what_it_took(
     """A service that stops in the middle of a flush has the times still, for its last one, and the latest of each."""
     (secret_id,) = await _secrets(store, observer, 1)
     usage = UsageBuffer(database)
-    usage.record(secret_id, NOON)
+    usage.record(secret_id, NOON_S)
     async with database.transaction() as holder:
         await holder.execute("SELECT 1 FROM last_used FOR UPDATE")
         flush = await started_and_waiting(observer, usage.flush())
-        usage.record(secret_id, NOON + SECOND)
+        usage.record(secret_id, NOON_S + 1)
         flush.cancel()
         await asyncio.wait({flush})
     assert flush.cancelled()
@@ -209,7 +210,7 @@ async def test_flushes_at_the_same_time_do_not_wait_for_each_other_in_a_circle(
         for turn in range(4):
             for number, usage in enumerate(workers):
                 for secret_id in secret_ids if number % 2 else reversed(secret_ids):
-                    usage.record(secret_id, NOON + (10 * turn + number) * SECOND)
+                    usage.record(secret_id, NOON_S + 10 * turn + number)
             await asyncio.gather(*(usage.flush() for usage in workers))
 
     assert {NOON + 35 * SECOND} == set(await _times(observer))
@@ -228,7 +229,7 @@ async def test_rows_are_locked_in_the_order_of_their_ids(
         async with database.transaction() as connection:
             for kind in ("hashjoin", "mergejoin", "seqscan", "material"):
                 await connection.execute(f"SET LOCAL enable_{kind} = off")
-            await connection.execute(queries.LAST_USED_UPDATE, [high, low], [NOON, NOON])
+            await connection.execute(queries.LAST_USED_UPDATE, [high, low], [NOON_S, NOON_S])
 
     async with connected(database_url) as other:
         async with other.transaction():
@@ -256,7 +257,7 @@ async def test_flush_does_not_wait_for_the_disk(database: Database, store: Postg
     )
     usage = UsageBuffer(database)
     await database.management.expire_connections()
-    usage.record(secret_id, NOON)
+    usage.record(secret_id, NOON_S)
     await usage.flush()
 
     assert ["off"] == [row["value"] for row in await observer.fetch("SELECT value FROM setting")]

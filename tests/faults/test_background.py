@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 
 import pytest
@@ -14,14 +14,19 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from latchgate.background import Background, BackgroundError
+from latchgate.domain.cache import KeyCache
+from latchgate.domain.coherence import Coherence, LeaseTerms
 from latchgate.domain.errors import StorageUnavailableError
+from latchgate.domain.model import Lookup
 from latchgate.observability import Metrics, configure_logging
 from latchgate.rpc.pipeline import Pipeline
 from latchgate.rpc.server import make_server
+from latchgate.storage.lookups import BatchingKeyReader
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.watch import DatabaseWatch
 from support.databases import connected, until, until_waiting
 from support.faults import NOT_SERVING, SERVING, health_changes
+from support.records import ManualClock
 from support.service import RunningService, run_service
 
 SECRET = "a-row's-content"
@@ -161,16 +166,23 @@ class _BrokenProbe(DatabaseProbe):
         raise RuntimeError(SECRET)
 
 
+async def _find_nothing(digests: Sequence[bytes]) -> Mapping[bytes, Lookup]:
+    return dict.fromkeys(digests, Lookup(None, 0.0, 0))
+
+
 async def test_probe_fault_is_not_serving(background: Background, log: pytest.CaptureFixture[str]) -> None:
     """A health watch that fails itself says NOT_SERVING: it does not know better."""
     metrics = Metrics(CollectorRegistry())
     server = make_server(pipeline=Pipeline(metrics, is_validate_open=True), listen="127.0.0.1:0", credentials=None)
-    watch = DatabaseWatch(_BrokenProbe("postgresql://", 1.0), server, metrics, background)
+    coherence = Coherence(terms=LeaseTerms(length_s=1), cache=KeyCache(1), boottime=ManualClock())
+    reader = BatchingKeyReader(_find_nothing, observer=metrics, monotonic=ManualClock())
+    watch = DatabaseWatch(_BrokenProbe("postgresql://", 1.0), server, metrics, background, coherence, reader)
     await watch.show(is_up=True)
     await watch.look()
     assert 0.0 == metrics.registry.get_sample_value("latchgate_database_up")
     assert ["work_failed", "database_away"] == [each["event"] for each in events(log)]
     assert 1 == background.failures["database watch"]
+    await reader.close()
 
 
 async def test_failing_flush_is_told_and_survived(database_url: str) -> None:

@@ -17,6 +17,8 @@ from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import ROOT_ORGANIZATION_ID, Caller, Effect, Key, KeyDraft, KeyIdentity, NewKey
 from latchgate.domain.permissions import Grants
 from latchgate.domain.token import TokenFormat
+from latchgate.storage.link import Link
+from latchgate.storage.lookups import FindMany, find_many, lookup_link
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.requests import RequestSealer
 from latchgate.storage.stores import PostgresStore
@@ -45,6 +47,7 @@ class ImmediateEffects:
 
     async def wait(self, revision: int, until_s: float) -> Effect:
         """Needs not wait."""
+        del until_s
         return Effect(revision=revision)
 
 
@@ -108,6 +111,26 @@ async def opened(url: str, *, pool_size: int = 5) -> AsyncIterator[Database]:
         yield database
     finally:
         await database.close()
+
+
+@asynccontextmanager
+async def linked(url: str, timeout_s: float = 2.0) -> AsyncIterator[Link]:
+    """A connection of the service's own kind, cut at the end."""
+    link = Link(url, timeout_s=timeout_s)
+    try:
+        yield link
+    finally:
+        link.cut()
+
+
+@asynccontextmanager
+async def finding(url: str) -> AsyncIterator[FindMany]:
+    """Lookups as the service makes them, over a connection that is cut at the end."""
+    link = lookup_link(url)
+    try:
+        yield find_many(link, show)
+    finally:
+        link.cut()
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:

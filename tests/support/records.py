@@ -22,8 +22,13 @@ from latchgate.domain.model import (
 from latchgate.domain.permissions import Grants
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+NOW_S = NOW.timestamp()
+"""The same, in seconds since 1970."""
+
 INSTANT = timedelta(microseconds=1)
 """The shortest span that a time can hold."""
+
+INSTANT_S = INSTANT.total_seconds()
 
 KEY_RECORD = KeyRecord(
     secret_id=7,

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from latchgate.domain.model import KeyState
-from support.records import INSTANT, KEY, KEY_RECORD, NOW, ROOT, caller
+from support.records import INSTANT, KEY, NOW, ROOT, caller
 
 
 @pytest.mark.parametrize(("deleted", "revoked", "expired", "active"), [*product([True, False], repeat=4)])
@@ -62,13 +62,3 @@ def test_root() -> None:
     assert not KEY.is_root
     assert ROOT.is_root
     assert not caller("*").is_root
-
-
-def test_end_time_is_the_earlier_end() -> None:
-    """A token is good until the key expires or a rotation ends the token, whichever comes first."""
-    sooner, later = NOW + timedelta(hours=1), NOW + timedelta(hours=2)
-    assert sooner == replace(KEY_RECORD, expire_time=sooner, secret_end_time=later).end_time
-    assert sooner == replace(KEY_RECORD, expire_time=later, secret_end_time=sooner).end_time
-    assert later == replace(KEY_RECORD, expire_time=later).end_time
-    assert later == replace(KEY_RECORD, secret_end_time=later).end_time
-    assert KEY_RECORD.end_time is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timedelta
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +24,7 @@ from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.rules import normal_cidrs
 from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.validation import ForeignLookupBudget, Validator
-from support.records import INSTANT, KEY_RECORD, NOW, ManualClock, bound_to, granting
+from support.records import INSTANT_S, KEY_RECORD, NOW_S, ManualClock, bound_to, granting
 
 CONTRACT = Path(__file__).parents[2] / "protos/apikeys/v1/key_service.proto"
 REVISION = 42
@@ -54,7 +53,7 @@ NEEDED = ("orders:read",)
 
 AFFLICTIONS: dict[Outcome, Callable[[KeyRecord], KeyRecord]] = {
     Outcome.REVOKED: lambda record: replace(record, revoked=True),
-    Outcome.EXPIRED: lambda record: replace(record, expire_time=NOW),
+    Outcome.EXPIRED: lambda record: replace(record, expire_s=NOW_S),
     Outcome.INACTIVE: lambda record: replace(record, active=False),
     Outcome.ORGANIZATION_INACTIVE: lambda record: replace(record, organization_active=False),
     Outcome.ADDRESS_DENIED: lambda record: bound_to(record, "198.51.100.0/24"),
@@ -69,7 +68,7 @@ class MemoryReader:
     def __init__(self) -> None:
         self.records: dict[bytes, KeyRecord] = {}
         self.asked: list[bytes] = []
-        self.now = NOW
+        self.now_s = NOW_S
         self.revision = REVISION
         self.failure: StorageUnavailableError | None = None
 
@@ -78,7 +77,7 @@ class MemoryReader:
         self.asked.append(digest)
         if self.failure:
             raise self.failure
-        return Lookup(record=self.records.get(digest), now=self.now, revision=self.revision)
+        return Lookup(self.records.get(digest), self.now_s, self.revision)
 
 
 class ScriptedLimiter:
@@ -98,11 +97,39 @@ class MemoryUsage:
     """Keeps what is recorded."""
 
     def __init__(self) -> None:
-        self.recorded: list[tuple[int, datetime]] = []
+        self.recorded: list[tuple[int, float]] = []
 
-    def record(self, secret_id: int, used_time: datetime) -> None:
+    def record(self, secret_id: int, used_s: float) -> None:
         """Takes note."""
-        self.recorded.append((secret_id, used_time))
+        self.recorded.append((secret_id, used_s))
+
+
+class ScriptedMemory:
+    """Knows nothing until it is told what to answer; remembers what it was to keep, and when that was sent."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
+        self.known: Lookup | None = None
+        self.asked: list[tuple[bytes, int]] = []
+        self.kept: list[tuple[bytes, Lookup, float]] = []
+        self.kept_unknown: list[tuple[bytes, Lookup, float]] = []
+
+    def now_s(self) -> float:
+        """Tells the scene's time."""
+        return self.clock()
+
+    def find(self, digest: bytes, min_revision: int) -> Lookup | None:
+        """Gives what it was told, if there is anything."""
+        self.asked.append((digest, min_revision))
+        return self.known
+
+    def keep(self, digest: bytes, lookup: Lookup, *, sent_s: float) -> None:
+        """Takes note."""
+        self.kept.append((digest, lookup, sent_s))
+
+    def keep_unknown(self, digest: bytes, lookup: Lookup, *, sent_s: float) -> None:
+        """Takes note."""
+        self.kept_unknown.append((digest, lookup, sent_s))
 
 
 class Scene:
@@ -114,8 +141,14 @@ class Scene:
         self.limiter = ScriptedLimiter()
         self.usage = MemoryUsage()
         self.foreign = ForeignLookupBudget(self.clock, per_second, remembered)
+        self.memory = ScriptedMemory(self.clock)
         self.validator = Validator(
-            tokens=TOKENS, keys=self.reader, limiter=self.limiter, usage=self.usage, foreign=self.foreign
+            tokens=TOKENS,
+            keys=self.reader,
+            memory=self.memory,
+            limiter=self.limiter,
+            usage=self.usage,
+            foreign=self.foreign,
         )
 
     def put(self, record: KeyRecord, token: str = TOKEN) -> None:
@@ -178,7 +211,7 @@ async def test_valid() -> None:
     """A good token is answered with everything that a gateway may want to know."""
     verdict = await scene_of().validate()
     rate = RateState(allowed=True, limit=60, remaining=3, reset_after_s=4.0)
-    assert Verdict(outcome=Outcome.VALID, revision=REVISION, now=NOW, record=RECORD, rate=rate) == verdict
+    assert Verdict(outcome=Outcome.VALID, revision=REVISION, now_s=NOW_S, record=RECORD, rate=rate) == verdict
 
 
 @pytest.mark.parametrize(
@@ -203,10 +236,10 @@ async def test_nameless_outcomes(outcome: Outcome) -> None:
 async def test_outcomes_with_identity(outcome: Outcome) -> None:
     """Where the token is good and the request is not, the gateway is told whose key it is, for its own records."""
     verdict = await scene_with(outcome).validate()
-    assert (NOW, RECORD.key_id, RECORD.user_id) == (
-        verdict.now,
+    assert (NOW_S, RECORD.key_id, RECORD.shown) == (
+        verdict.now_s,
         verdict.record and verdict.record.key_id,
-        verdict.record and verdict.record.user_id,
+        verdict.record and verdict.record.shown,
     )
 
 
@@ -230,7 +263,7 @@ async def test_use_is_recorded_once() -> None:
     """A valid call is one use of its secret, at the database's time."""
     scene = scene_of()
     await scene.validate()
-    assert [(RECORD.secret_id, NOW)] == scene.usage.recorded
+    assert [(RECORD.secret_id, NOW_S)] == scene.usage.recorded
 
 
 async def test_limiter_is_asked_for_the_keys_limit() -> None:
@@ -269,6 +302,7 @@ async def test_with_the_real_limiter() -> None:
     validator = Validator(
         tokens=TOKENS,
         keys=scene.reader,
+        memory=scene.memory,
         limiter=WindowLimiter(clock),
         usage=scene.usage,
         foreign=ForeignLookupBudget(clock),
@@ -283,28 +317,28 @@ async def test_with_the_real_limiter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ahead", "outcome"),
-    [(-INSTANT, Outcome.EXPIRED), (timedelta(0), Outcome.EXPIRED), (INSTANT, Outcome.VALID)],
+    ("ahead_s", "outcome"),
+    [(-INSTANT_S, Outcome.EXPIRED), (0.0, Outcome.EXPIRED), (INSTANT_S, Outcome.VALID)],
 )
-async def test_expiry_boundary(ahead: timedelta, outcome: Outcome) -> None:
+async def test_expiry_boundary(ahead_s: float, outcome: Outcome) -> None:
     """A key is refused from the very instant of its expiry on, by the database's clock."""
-    verdict = await scene_of(replace(RECORD, expire_time=NOW + ahead)).validate()
+    verdict = await scene_of(replace(RECORD, expire_s=NOW_S + ahead_s)).validate()
     assert outcome is verdict.outcome
 
 
 @pytest.mark.parametrize(
-    ("ahead", "outcome"),
-    [(-INSTANT, Outcome.REVOKED), (timedelta(0), Outcome.REVOKED), (INSTANT, Outcome.VALID)],
+    ("ahead_s", "outcome"),
+    [(-INSTANT_S, Outcome.REVOKED), (0.0, Outcome.REVOKED), (INSTANT_S, Outcome.VALID)],
 )
-async def test_end_of_a_rotated_token(ahead: timedelta, outcome: Outcome) -> None:
+async def test_end_of_a_rotated_token(ahead_s: float, outcome: Outcome) -> None:
     """A token that a rotation replaced is refused from the very instant of its end on; before, it is good."""
-    verdict = await scene_of(replace(RECORD, secret_end_time=NOW + ahead)).validate()
+    verdict = await scene_of(replace(RECORD, secret_end_s=NOW_S + ahead_s)).validate()
     assert outcome is verdict.outcome
 
 
 async def test_a_rotated_token_of_an_expired_key_is_revoked() -> None:
     """A replaced token is answered as such, also when its key has expired since."""
-    verdict = await scene_of(replace(RECORD, secret_end_time=NOW, expire_time=NOW, active=False)).validate()
+    verdict = await scene_of(replace(RECORD, secret_end_s=NOW_S, expire_s=NOW_S, active=False)).validate()
     assert Outcome.REVOKED is verdict.outcome
 
 
@@ -612,3 +646,98 @@ async def test_negative_revision() -> None:
     with pytest.raises(InvalidFieldError) as caught:
         await scene_of().validator.validate(TOKEN, min_revision=-1)
     assert ["min_revision"] == [field for field, _ in caught.value.violations]
+
+
+KNOWN = Lookup(RECORD, NOW_S + 5, REVISION + 1)
+"""What memory knows, where a test has it know something: not what storage would say."""
+
+
+async def test_what_memory_knows_costs_no_lookup() -> None:
+    """A token that memory knows is judged by what it knows, at its time and revision, and storage is not asked."""
+    scene = Scene(per_second=0)
+    for token in (TOKEN, FOREIGN_TOKEN):
+        scene.memory.known = KNOWN
+        rate = RateState(allowed=True, limit=60, remaining=3, reset_after_s=4.0)
+        assert Verdict(Outcome.VALID, KNOWN.revision, KNOWN.now_s, RECORD, rate) == await scene.validate(token)
+    assert ([], []) == (scene.reader.asked, scene.memory.kept)
+    assert [(RECORD.secret_id, KNOWN.now_s)] * 2 == scene.usage.recorded
+    assert 0 == scene.foreign.refused
+
+
+async def test_memory_knows_that_a_token_is_none() -> None:
+    """A token that memory knows to be none is not found, without a lookup, and without touching the budget."""
+    scene = Scene(per_second=0)
+    scene.memory.known = Lookup(None, NOW_S, REVISION)
+    assert Verdict(Outcome.NOT_FOUND, REVISION) == await scene.validate(FOREIGN_TOKEN)
+    assert ([], 0) == (scene.reader.asked, scene.foreign.refused)
+
+
+@pytest.mark.parametrize("token", ["no token", TokenFormat(bytes(32)).mint(KeyType.SECRET, Environment.LIVE).token])
+async def test_impossible_tokens_never_reach_memory(token: str) -> None:
+    """What can not be a token takes no place in memory, and is not counted as something that it did not know."""
+    scene = Scene()
+    assert Outcome.NOT_FOUND is (await scene.validate(token)).outcome
+    assert ([], [], []) == (scene.memory.asked, scene.memory.kept, scene.memory.kept_unknown)
+
+
+async def test_memory_is_asked_for_the_revision_of_the_request() -> None:
+    """It is memory that knows whether it holds the change that was asked for; what it can not say, storage is asked."""
+    scene = scene_of(KEY_RECORD)
+    await scene.validator.validate(TOKEN, min_revision=REVISION)
+    assert [(digest(TOKEN), REVISION)] == scene.memory.asked
+    assert [digest(TOKEN)] == scene.reader.asked
+
+
+@pytest.mark.parametrize("token", [TOKEN, FOREIGN_TOKEN])
+async def test_what_was_looked_up_is_kept(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What storage says is given to memory, with the time before it was asked: memory's age is counted from there."""
+    scene = Scene()
+    scene.put(RECORD, token)
+    sent_s = scene.clock()
+    find = scene.reader.find
+
+    async def find_slowly(token_digest: bytes) -> Lookup:
+        scene.clock.advance(3)
+        return await find(token_digest)
+
+    monkeypatch.setattr(scene.reader, "find", find_slowly)
+    await scene.validate(token)
+    assert [(digest(token), Lookup(RECORD, NOW_S, REVISION), sent_s)] == scene.memory.kept
+    assert [] == scene.memory.kept_unknown
+
+
+async def test_only_foreign_tokens_are_kept_as_unknown() -> None:
+    """That a token is none is kept of foreign formats alone, with the time before storage was asked."""
+    scene = Scene()
+    sent_s = scene.clock()
+    await scene.validate(TOKEN)
+    await scene.validate(FOREIGN_TOKEN)
+    assert [(digest(FOREIGN_TOKEN), Lookup(None, NOW_S, REVISION), sent_s)] == scene.memory.kept_unknown
+    assert not [record for _, (record, *_), _ in scene.memory.kept if record is not None]
+
+
+async def test_failed_lookups_are_not_kept() -> None:
+    """What storage could not say is not kept as if it had said no."""
+    scene = scene_of()
+    scene.reader.failure = StorageUnavailableError("the database does not answer")
+    for token in (TOKEN, FOREIGN_TOKEN):
+        with pytest.raises(StorageUnavailableError):
+            await scene.validate(token)
+    assert ([], []) == (scene.memory.kept, scene.memory.kept_unknown)
+
+
+async def test_memory_that_is_older_than_asked_for_is_not_answered_from() -> None:
+    """Whatever memory gives, an answer from before the change that was asked for is never given."""
+    scene = Scene()
+    scene.memory.known = KNOWN
+    with pytest.raises(RevisionUnknownError):
+        await scene.validator.validate(TOKEN, min_revision=KNOWN.revision + 1)
+
+
+async def test_ends_come_while_a_key_is_in_memory() -> None:
+    """A key that is in memory ends in its time: the time of the answer counts, not that of the lookup."""
+    scene = Scene()
+    ending = replace(KEY_RECORD, expire_s=NOW_S)
+    for now_s, outcome in ((NOW_S - INSTANT_S, Outcome.VALID), (NOW_S, Outcome.EXPIRED)):
+        scene.memory.known = Lookup(ending, now_s, REVISION)
+        assert outcome is (await scene.validator.validate(TOKEN)).outcome
