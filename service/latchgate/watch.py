@@ -134,12 +134,7 @@ class Figures(Collector):
 
     def _memory(self) -> Iterable[Metric]:
         coherence = self._coherence
-        found = CounterMetricFamily(
-            "latchgate_memory_lookups", "Tokens that memory was asked about: hit or miss.", labels=["result"]
-        )
-        found.add_metric(["hit"], coherence.hits)
-        found.add_metric(["miss"], coherence.misses)
-        yield found
+        yield CounterMetricFamily("latchgate_memory_hits", "Tokens that were answered from memory.", coherence.hits)
         yield GaugeMetricFamily("latchgate_memory_keys", "Secrets in memory.", len(coherence.cache))
         yield CounterMetricFamily(
             "latchgate_memory_evictions", "Secrets that others have driven out of memory.", coherence.cache.evicted

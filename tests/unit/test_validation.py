@@ -673,11 +673,11 @@ async def test_memory_knows_that_a_token_is_none() -> None:
 
 
 @pytest.mark.parametrize("token", ["no token", TokenFormat(bytes(32)).mint(KeyType.SECRET, Environment.LIVE).token])
-async def test_impossible_tokens_never_reach_memory(token: str) -> None:
-    """What can not be a token takes no place in memory, and is not counted as something that it did not know."""
+async def test_impossible_tokens_take_no_place_in_memory(token: str) -> None:
+    """What can not be a token takes no place in memory, and asks nothing of storage."""
     scene = Scene()
     assert Outcome.NOT_FOUND is (await scene.validate(token)).outcome
-    assert ([], [], []) == (scene.memory.asked, scene.memory.kept, scene.memory.kept_unknown)
+    assert ([], [], []) == (scene.reader.asked, scene.memory.kept, scene.memory.kept_unknown)
 
 
 async def test_memory_is_asked_for_the_revision_of_the_request() -> None:

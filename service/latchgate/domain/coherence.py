@@ -109,9 +109,8 @@ class Coherence:
         # From when on statements may have been sent whose rows are held; never before the first reading of the log.
         self._kept_from_s = float("inf")
         self.applied_revision = 0
-        # How often memory has answered, and how often it could not.
+        # How often memory has answered.
         self.hits = 0
-        self.misses = 0
 
     @property
     def lease_left_s(self) -> float:
@@ -130,7 +129,6 @@ class Coherence:
             if record is not None or self._unknown.get(digest, NEVER) > now_s:
                 self.hits += 1
                 return Lookup(record, self._clock.at(now_s), self.applied_revision)
-        self.misses += 1
         return None
 
     def keep(self, digest: bytes, lookup: Lookup, *, sent_s: float) -> None:

@@ -9,10 +9,13 @@ from collections.abc import Callable, Sequence
 from latchgate.domain.errors import InvalidFieldError, LookupBudgetError, RevisionUnknownError
 from latchgate.domain.model import KeyRecord, Lookup, Outcome, Verdict
 from latchgate.domain.ports import KeyMemory, KeyReader, Limiter, UsageRecorder
-from latchgate.domain.token import Form, TokenFormat, digest
+from latchgate.domain.token import Form, TokenFormat, digest, may_be_token
 
 MAX_COST = 1_000_000
 MAX_REQUIRED_PERMISSIONS = 100
+
+# Of what can not be a token no state has to be known.
+_UNTOLD = Verdict(Outcome.NOT_FOUND, revision=0)
 
 
 class ForeignLookupBudget:
@@ -94,12 +97,15 @@ class Validator:
         never given out, and UnavailableError when it can not be decided.
         """
         _check(required_permissions, cost, min_revision)
-        form = self._tokens.recognise(token)
-        if form is Form.IMPOSSIBLE:
-            return Verdict(outcome=Outcome.NOT_FOUND, revision=0)
+        if not may_be_token(token):
+            return _UNTOLD
         token_digest = digest(token)
+        # What is in memory had a right tag when it came there.
         lookup = self._memory.find(token_digest, min_revision)
         if lookup is None:
+            form = self._tokens.recognise(token)
+            if form is Form.IMPOSSIBLE:
+                return _UNTOLD
             lookup = await self._look_up(token_digest, form)
         if lookup.revision < min_revision:
             raise RevisionUnknownError(
