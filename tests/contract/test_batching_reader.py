@@ -249,7 +249,7 @@ async def test_lookups_fail_at_once_until_the_database_is_back(statements: State
     for _ in range(2):
         with pytest.raises(StorageUnavailableError, match="away"):
             await reader.find(B)
-        assert [] == await statements.fail(StorageUnavailableError("still away"))
+        assert () == await statements.fail(StorageUnavailableError("still away"))
     digests, answer = await statements.sent.get()
     with pytest.raises(StorageUnavailableError, match="still away"):
         await reader.find(B)
@@ -259,7 +259,7 @@ async def test_lookups_fail_at_once_until_the_database_is_back(statements: State
     await asyncio.sleep(0)
 
     (again,) = await asked(reader, A)
-    assert ([], [A]) == (list(digests), await statements.answer(5))
+    assert ((), [A]) == (digests, await statements.answer(5))
     assert lookup(5) == await again
 
 
@@ -286,7 +286,7 @@ async def test_statement_that_fails_slowly_is_not_sent_again(statements: Stateme
     with pytest.raises(StorageUnavailableError):
         await task
     # What comes next is the first try whether the database is back.
-    assert [] == await statements.answer(1)
+    assert () == await statements.answer(1)
     await reader.close()
 
 
@@ -301,7 +301,7 @@ async def test_lookup_that_came_after_a_failed_statement_is_not_in_its_repetitio
     answer.set_exception(AWAY)
     assert [A] == await statements.answer(1)
     assert [A] == await statements.answer(2)
-    assert (lookup(1), lookup(2)) == await asyncio.gather(first, second)
+    assert [lookup(1), lookup(2)] == [await first, await second]
 
 
 async def test_suspicion_has_the_database_tried(statements: Statements, observer: Observer) -> None:

@@ -17,7 +17,7 @@ from latchgate.storage.migrate import SchemaError, check_server, migrate
 from latchgate.storage.postgres import Connection
 from support.databases import connected, fault_proxy, started_and_waiting
 
-HEAD = "0001"
+HEAD = "0002"
 TABLES = {
     "alembic_version",
     "change_log",
@@ -28,6 +28,7 @@ TABLES = {
     "plan",
     "request",
     "secret",
+    "worker",
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as keys_pb
-from support.keys import Tenant, execute, hours_ahead, outcome_of
+from support.keys import Tenant, change_key, hours_ahead, outcome_of
 from support.service import ROOT_TOKEN, RunningService, refusal
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -158,9 +158,9 @@ async def test_expiry_is_the_databases(acme: Tenant) -> None:
     """A key is good until its expiry, by the database's clock, and from that very moment on it is not."""
     created = await acme.key()
     statement = "UPDATE key SET expire_time = now() + $2::interval WHERE id = $1"
-    await execute(acme.service, statement, created.key.id, timedelta(minutes=1))
+    await change_key(acme.service, created.key.id, statement, created.key.id, timedelta(minutes=1))
     assert "VALID" == await acme.service.outcome(created.token)
-    await execute(acme.service, statement, created.key.id, timedelta(0))
+    await change_key(acme.service, created.key.id, statement, created.key.id, timedelta(0))
     assert "EXPIRED" == await acme.service.outcome(created.token)
 
 

@@ -20,6 +20,8 @@ from grpc_status import rpc_status
 from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
+from latchgate.storage import queries
+from support.databases import until
 from support.service import Metadata, RunningService, bearer
 
 NOBODYS_KEY = "key_00000000000000000000000000"
@@ -121,12 +123,12 @@ class Tenant:
 
     async def expire(self, key_id: str) -> None:
         """Moves a key's expiry to this moment, by the database's clock."""
-        await execute(self.service, "UPDATE key SET expire_time = now() WHERE id = $1", key_id)
+        await change_key(self.service, key_id, "UPDATE key SET expire_time = now() WHERE id = $1", key_id)
 
     async def end_grace(self, key_id: str) -> None:
         """Moves the end of a running grace period to this moment, by the database's clock."""
         statement = "UPDATE secret SET end_time = now() WHERE key_id = $1 AND end_time > now()"
-        await execute(self.service, statement, key_id)
+        await change_key(self.service, key_id, statement, key_id)
 
     def _call(self, method: str, request: Any, caller: Metadata | None) -> Awaitable[Any]:
         call: Awaitable[Any] = getattr(self.service.keys, method)(request, metadata=caller or self.admin)
@@ -200,6 +202,29 @@ async def execute(service: RunningService, statement: str, *arguments: object) -
     """Executes one statement on a service's database."""
     async with database_of(service) as connection:
         await connection.execute(statement, *arguments)
+
+
+async def change_key(service: RunningService, key_id: str, statement: str, *arguments: object) -> int:
+    """Executes one statement that changes a key, as a service of its own would: it stands in the log of changes.
+
+    Comes back when the service has heard of it, and gives its revision.
+    """
+    async with database_of(service) as connection, connection.transaction():
+        await connection.execute(queries.CHANGE_LOCK_TAKE, queries.CHANGE_LOCK)
+        await connection.execute(statement, *arguments)
+        revision: int = await connection.fetchval(queries.CHANGE_INSERT, "key", key_id)
+    await until_applied(service, revision)
+    return revision
+
+
+async def until_applied(service: RunningService, revision: int) -> None:
+    """Waits until a service has applied a change, and all before it."""
+
+    async def is_applied() -> bool:
+        applied = service.running.metrics.registry.get_sample_value("latchgate_applied_revision")
+        return applied is not None and applied >= revision
+
+    await until(is_applied)
 
 
 def state_of(key: key_pb2.Key) -> str:
