@@ -81,7 +81,7 @@ async def test_fault_is_counted(broken_service: RunningService) -> None:
 
 
 async def test_fault_of_the_hot_path(broken_service: RunningService) -> None:
-    """A lookup that the database refuses for whatever reason is UNAVAILABLE, so that a gateway's failure policy applies;
+    """A lookup that the database refuses is UNAVAILABLE, so that a gateway's failure policy applies;
     the caller is told the reason's class and not its text. Once the reason is gone, tokens are judged again.
     """
     connection = await asyncpg.connect(broken_service.database_url)
