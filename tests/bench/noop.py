@@ -1,7 +1,8 @@
 """The yardstick: a gRPC server that reads a ValidateRequest, and answers every one with the same bytes.
 
-It runs on the same grpcio with the same options and the same event loop as the service, and does nothing else. Its
-arguments are the port to listen on, and a file that holds the answer.
+It runs on the same grpcio with the same options, the same event loop and the same scheduling as the service, and does
+nothing else; with `plain` on what grpc.aio and uvloop are without all that. Its arguments are the port to listen on, a
+file that holds the answer, and `tuned` or `plain`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import uvloop
 
 from apikeys.v1 import key_service_pb2 as pb
 from latchgate.rpc.server import KEY_SERVICE, OPTIONS
+from latchgate.scheduling import schedule_for_throughput
 
 
-async def serve(port: int, answer: pb.ValidateResponse) -> None:
+async def serve(port: int, answer: pb.ValidateResponse, *, is_plain: bool) -> None:
     """Serves until SIGTERM or SIGINT."""
 
     async def validate(_request: pb.ValidateRequest, _context: Any) -> pb.ValidateResponse:
@@ -30,7 +32,9 @@ async def serve(port: int, answer: pb.ValidateResponse) -> None:
         request_deserializer=pb.ValidateRequest.FromString,
         response_serializer=pb.ValidateResponse.SerializeToString,
     )
-    server = grpc.aio.server(options=OPTIONS)
+    if not is_plain:
+        schedule_for_throughput()
+    server = grpc.aio.server(options=() if is_plain else OPTIONS)
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(KEY_SERVICE.full_name, {"Validate": handler}),)
     )
@@ -46,4 +50,4 @@ async def serve(port: int, answer: pb.ValidateResponse) -> None:
 if __name__ == "__main__":
     fixed = pb.ValidateResponse.FromString(Path(sys.argv[2]).read_bytes())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(int(sys.argv[1]), fixed))
+        runner.run(serve(int(sys.argv[1]), fixed, is_plain=sys.argv[3:] == ["plain"]))

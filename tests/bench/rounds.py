@@ -15,11 +15,12 @@ from bench import database, servers
 from bench.database import Cluster
 from bench.load import Burst, Load
 from bench.machine import BenchError, Layout, process_cpu_s
-from bench.servers import Service, Target
+from bench.servers import Service, Source, Target
 
 FRAME_BYTES = 5
 # Times in an answer are written with as many bytes as they need, so answers differ by some bytes.
 SIZE_TOLERANCE_BYTES = 8
+MOST_LOOKUPS, LEAST_LOOKUPS = 0.001, 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,16 +48,23 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServiceTurn(Turn):
-    """The service under load, with the no-op's turns before and after it."""
+class Lookups:
+    """What the database was asked in a turn; the processor time is that of one call, None if it is not known."""
 
-    keys: int
+    postgres_cpu_us: float | None
+    statements: float
+    digests_per_statement: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedTurn(Turn):
+    """A server under load, with the no-op's turns before and after it."""
+
+    name: str
     round: int
     before: Turn
     after: Turn
-    postgres_cpu_us: float | None
-    calls_per_statement: float
-    digests_per_statement: float
+    lookups: Lookups | None
 
     @property
     def noop_per_s(self) -> float:
@@ -65,7 +73,7 @@ class ServiceTurn(Turn):
 
     @property
     def ratio(self) -> float:
-        """Validate's throughput over the no-op's."""
+        """Its throughput over the no-op's."""
         return self.burst.per_s / self.noop_per_s
 
 
@@ -73,7 +81,9 @@ class ServiceTurn(Turn):
 class Results:
     """All that was measured. The turns of the warm-up are left out."""
 
-    turns: Sequence[ServiceTurn]
+    turns: Sequence[ComparedTurn]
+    keys: dict[str, int]
+    sources: dict[str, Source]
     request_bytes: int
     answer_bytes: int
     database_bytes: dict[int, int]
@@ -101,12 +111,20 @@ async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
         load = Load(core=layout.load, processes=plan.processes, folder=folder, rng=rng)
         async with AsyncExitStack() as running:
             services = [
-                await running.enter_async_context(servers.service(each, layout.server, folder)) for each in databases
+                await running.enter_async_context(servers.service(each, source, layout.server, folder))
+                for source in Source
+                for each in databases
+                # A single key is in a memory of any size.
+                if source is Source.MEMORY or each.keys > 1
             ]
-            yardstick = await running.enter_async_context(servers.noop(services[-1].answer, layout.server, folder))
-            turns = await _Comparison(plan, load, cluster, yardstick, say).run(services)
+            answer = services[-1].answer
+            yardstick = await running.enter_async_context(servers.noop(answer, layout.server, folder))
+            plain = await running.enter_async_context(servers.noop(answer, layout.server, folder, is_plain=True))
+            turns = await _Comparison(plan, load, cluster, yardstick, say).run([*services, plain], services[-1].bodies)
         return Results(
             turns=turns,
+            keys={each.name: each.seeded.keys for each in services},
+            sources={each.name: each.source for each in services},
             request_bytes=len(services[-1].bodies[0]) - FRAME_BYTES,
             answer_bytes=yardstick.answer.ByteSize(),
             database_bytes={each.keys: each.size_bytes for each in databases},
@@ -129,59 +147,73 @@ class _Comparison:
         self._yardstick = yardstick
         self._say = say
 
-    async def run(self, services: Sequence[Service]) -> list[ServiceTurn]:
-        """Gives the turns of the counted rounds, one of each service a round; a round of warming up comes first."""
-        turns = 1 + 2 * len(services) * (self._plan.rounds + 1)
+    async def run(self, targets: Sequence[Target], bodies: Sequence[bytes]) -> list[ComparedTurn]:
+        """Gives the turns of the counted rounds, one of each server a round; a round of warming up comes first.
+
+        The no-ops are sent any of the bodies.
+        """
+        turns = 1 + 2 * len(targets) * (self._plan.rounds + 1)
         self._say(f"measuring: {turns} turns of {self._plan.seconds:g} s")
         counted = []
-        before = await self._noop(services[0].bodies)
+        before = await self._noop(self._yardstick, bodies)
         for number in range(self._plan.rounds + 1):
             # Another one comes first in each round, so that none always follows the same one.
-            first = number % len(services)
-            for service in (*services[first:], *services[:first]):
-                await service.check_answers()
-                turn, before = await self._service(service, number, before)
-                await service.check_answers()
-                self._report(turn)
+            first = number % len(targets)
+            for target in (*targets[first:], *targets[:first]):
+                if isinstance(target, Service):
+                    if target.source is Source.MEMORY:
+                        # Each time: nothing stays in memory for ever.
+                        await target.warm()
+                    await target.check_answers()
+                    turn, lookups = await self._service(target)
+                    await target.check_answers()
+                else:
+                    turn, lookups = await self._noop(target, bodies), None
+                after = await self._noop(self._yardstick, bodies)
+                compared = ComparedTurn(
+                    name=target.name,
+                    round=number,
+                    burst=turn.burst,
+                    server_cpu_us=turn.server_cpu_us,
+                    before=before,
+                    after=after,
+                    lookups=lookups,
+                )
+                before = after
+                self._report(compared)
                 if number:
-                    counted.append(turn)
+                    counted.append(compared)
         return counted
 
-    def _report(self, turn: ServiceTurn) -> None:
+    def _report(self, turn: ComparedTurn) -> None:
         self._say(
-            f"{f'round {turn.round}' if turn.round else 'warm-up':8} {turn.keys:>9,} keys: "
-            f"Validate {turn.burst.per_s:7,.0f}/s  no-op {turn.noop_per_s:7,.0f}/s  ratio {turn.ratio:.3f}  "
+            f"{f'round {turn.round}' if turn.round else 'warm-up':8} {turn.name:26} "
+            f"{turn.burst.per_s:7,.0f}/s  no-op {turn.noop_per_s:7,.0f}/s  ratio {turn.ratio:.3f}  "
             f"p50 {turn.burst.p50_ms:.1f} ms  p99 {turn.burst.p99_ms:.1f} ms  server {turn.server_cpu_us:.0f} us/call"
         )
 
-    async def _noop(self, bodies: Sequence[bytes]) -> Turn:
-        turn = await self._turn(self._yardstick, bodies)
-        check_sizes(turn.burst, self._yardstick)
+    async def _noop(self, target: Target, bodies: Sequence[bytes]) -> Turn:
+        turn = await self._turn(target, bodies)
+        check_sizes(turn.burst, target)
         return turn
 
-    async def _service(self, service: Service, number: int, before: Turn) -> tuple[ServiceTurn, Turn]:
+    async def _service(self, service: Service) -> tuple[Turn, Lookups]:
         figures, postgres_s = await service.figures(), await self._cluster.cpu_s()
         turn = await self._turn(service, service.bodies)
         postgres_after_s = await self._cluster.cpu_s()
         grown = (await service.figures()).since(figures)
         check_sizes(turn.burst, service)
         check_outcomes(turn.burst, grown.outcomes)
-        after = await self._noop(service.bodies)
         valid = grown.outcomes["VALID"]
+        check_source(service.source, valid, grown.digests)
         postgres_cpu_us = None
         if postgres_s is not None and postgres_after_s is not None:
             postgres_cpu_us = (postgres_after_s - postgres_s) * 1e6 / valid
-        return ServiceTurn(
-            burst=turn.burst,
-            server_cpu_us=turn.server_cpu_us,
-            keys=service.seeded.keys,
-            round=number,
-            before=before,
-            after=after,
+        return turn, Lookups(
             postgres_cpu_us=postgres_cpu_us,
-            calls_per_statement=valid / grown.statements,
-            digests_per_statement=grown.digests / grown.statements,
-        ), after
+            statements=grown.statements,
+            digests_per_statement=grown.digests / grown.statements if grown.statements else 0.0,
+        )
 
     async def _turn(self, target: Target, bodies: Sequence[bytes]) -> Turn:
         cpu_s = process_cpu_s(target.pid)
@@ -211,3 +243,13 @@ def check_outcomes(burst: Burst, outcomes: Mapping[str, float]) -> None:
         raise BenchError(
             f"h2load saw {burst.succeeded} answers to {burst.started} calls, but the service counted {dict(outcomes)}"
         )
+
+
+def check_source(source: Source, valid: float, digests: float) -> None:
+    """Demands that answers came from where they were to come from: none from the database, or nearly all.
+
+    Calls for the same key that arrive together share one digest.
+    """
+    share = digests / valid
+    if (source is Source.MEMORY and share > MOST_LOOKUPS) or (source is Source.DATABASE and share < LEAST_LOOKUPS):
+        raise BenchError(f"of {valid:.0f} answers that were to come from {source.value}, {digests:.0f} were looked up")

@@ -59,7 +59,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench", description="Measures Validate against a no-op RPC.")
     parser.add_argument("--rounds", type=_positive, default=7, help="how many are counted (%(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of a turn (%(default)s)")
-    parser.add_argument("--keys", type=_counts, default=(1, 1000, 1_000_000), help="numbers of keys (1,1000,1000000)")
+    parser.add_argument("--keys", type=_counts, default=(1000, 1_000_000), help="numbers of keys (1000,1000000)")
     parser.add_argument("--processes", type=_positive, default=32, help="calls under way at a time (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the choice of keys (%(default)s)")
     parser.add_argument("--output", type=Path, help="write the page to this file")

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import grpc
@@ -21,9 +22,11 @@ from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from bench.database import TAG_KEY, Seeded
 from bench.machine import BenchError, free_port, pinned
 
+PLAIN = "no-op on default grpc.aio"
 METHOD = "/apikeys.v1.KeyService/Validate"
 NEEDED_PERMISSION = "orders:read"
 CLIENT_IP = "203.0.113.7"
+BATCH = 100
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 10.0
 
@@ -41,10 +44,18 @@ def body(token: str) -> bytes:
     return struct.pack(">BI", 0, len(message)) + message
 
 
+class Source(Enum):
+    """Where a service finds its answers."""
+
+    MEMORY = "memory"
+    DATABASE = "database"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """A server that can be loaded. `answer` is what it says of a known token."""
 
+    name: str
     pid: int
     port: int
     answer: pb.ValidateResponse
@@ -59,6 +70,7 @@ class Target:
 class Service(Target):
     """The service on one database, and a body for each token that is known."""
 
+    source: Source
     metrics_port: int
     seeded: Seeded
     bodies: Sequence[bytes]
@@ -66,6 +78,14 @@ class Service(Target):
     async def figures(self) -> Figures:
         """Reads the counters."""
         return Figures.parse(await asyncio.to_thread(_fetch, f"http://127.0.0.1:{self.metrics_port}/metrics"))
+
+    async def warm(self) -> None:
+        """Asks for every token once, so that a service that answers from memory has it there."""
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+            stub: KeyServiceStub[pb.BatchValidateResponse] = KeyServiceStub(channel)  # type: ignore[type-arg]
+            for first in range(0, len(self.seeded.tokens), BATCH):
+                requests = [request(token) for token in self.seeded.tokens[first : first + BATCH]]
+                await stub.BatchValidate(pb.BatchValidateRequest(requests=requests), timeout=START_DEADLINE_S)
 
     async def check_answers(self) -> None:
         """Asks for some tokens by an ordinary client. Raises BenchError unless each is answered as it must be."""
@@ -127,8 +147,11 @@ async def _ask(channel: grpc.aio.Channel, token: str) -> pb.ValidateResponse:
 
 
 @asynccontextmanager
-async def service(seeded: Seeded, core: int, folder: Path) -> AsyncIterator[Service]:
-    """Runs `latchgate serve` with its own defaults, until the block ends."""
+async def service(seeded: Seeded, source: Source, core: int, folder: Path) -> AsyncIterator[Service]:
+    """Runs `latchgate serve` with its own defaults and one worker, until the block ends.
+
+    One that is to look up every token has room for a single one in its memory.
+    """
     port, metrics_port = free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LATCHGATE_")} | {
         "LATCHGATE_DATABASE_URL": seeded.url,
@@ -137,12 +160,18 @@ async def service(seeded: Seeded, core: int, folder: Path) -> AsyncIterator[Serv
         "LATCHGATE_TAG_KEY": TAG_KEY,
         "LATCHGATE_ROOT_TOKEN": "root-token-of-the-benchmark-0123456789abcdef",
         "LATCHGATE_DRAIN_SECONDS": "1",
+        "LATCHGATE_WORKERS": "1",
     }
-    log = folder / f"service-{seeded.keys}.log"
+    if source is Source.DATABASE:
+        environment["LATCHGATE_CACHE_KEYS"] = "1"
+    log = folder / f"service-{seeded.keys}-{source.value}.log"
     async with _process(["-m", "latchgate", "serve"], core=core, environment=environment, log=log) as process:
         answer = await _first_answer(process, port, next(iter(seeded.sample)), log)
         yield Service(
-            pid=process.pid,
+            name=f"{source.value}, {seeded.keys:,} {'key' if seeded.keys == 1 else 'keys'}",
+            source=source,
+            # What serves is the worker.
+            pid=_child(process.pid),
             port=port,
             answer=answer,
             metrics_port=metrics_port,
@@ -152,16 +181,28 @@ async def service(seeded: Seeded, core: int, folder: Path) -> AsyncIterator[Serv
 
 
 @asynccontextmanager
-async def noop(answer: pb.ValidateResponse, core: int, folder: Path) -> AsyncIterator[Target]:
-    """Runs the yardstick with an answer of the service, until the block ends."""
+async def noop(
+    answer: pb.ValidateResponse, core: int, folder: Path, *, is_plain: bool = False
+) -> AsyncIterator[Target]:
+    """Runs the yardstick with an answer of the service, until the block ends.
+
+    As it is without the service's choice of options and scheduling if it `is_plain`.
+    """
     port = free_port()
-    script, file, log = Path(__file__).with_name("noop.py"), folder / "answer", folder / "noop.log"
+    kind = "plain" if is_plain else "tuned"
+    script, file, log = Path(__file__).with_name("noop.py"), folder / f"answer-{kind}", folder / f"noop-{kind}.log"
     file.write_bytes(answer.SerializeToString())
-    async with _process([str(script), str(port), str(file)], core=core, environment=os.environ, log=log) as process:
+    async with _process(
+        [str(script), str(port), str(file), kind], core=core, environment=os.environ, log=log
+    ) as process:
         given = await _first_answer(process, port, "", log)
         if given != answer:
             raise BenchError("the no-op answers with something else than it was told")
-        yield Target(pid=process.pid, port=port, answer=given)
+        yield Target(name=PLAIN if is_plain else "no-op", pid=process.pid, port=port, answer=given)
+
+
+def _child(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
 @asynccontextmanager

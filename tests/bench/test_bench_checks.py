@@ -10,10 +10,10 @@ from apikeys.v1 import key_service_pb2 as pb
 from bench import rounds
 from bench.load import Burst, evaluated
 from bench.machine import BenchError, Layout
-from bench.servers import Figures, Target
+from bench.servers import Figures, Source, Target
 
 ANSWER = pb.ValidateResponse(outcome=pb.OUTCOME_VALID, key_id="key_" + "0" * 26)
-TARGET = Target(pid=1, port=1, answer=ANSWER)
+TARGET = Target(name="a server", pid=1, port=1, answer=ANSWER)
 MESSAGE_BYTES = 5 + ANSWER.ByteSize()
 BURST = Burst(
     per_s=100.0,
@@ -75,6 +75,19 @@ def test_answers_that_are_none_are_refused(burst: Burst) -> None:
     """Calls that failed, and answers without a message of full size, as errors are, are no measurement."""
     with pytest.raises(BenchError):
         _check(burst, {"VALID": 100})
+
+
+@pytest.mark.parametrize(("source", "digests"), [(Source.MEMORY, 0), (Source.DATABASE, 1000), (Source.DATABASE, 950)])
+def test_answers_from_where_they_are_to_come_from_are_taken(source: Source, digests: int) -> None:
+    """Calls for the same key that arrive together are looked up once."""
+    rounds.check_source(source, 1000, digests)
+
+
+@pytest.mark.parametrize(("source", "digests"), [(Source.MEMORY, 2), (Source.DATABASE, 800), (Source.DATABASE, 0)])
+def test_answers_from_elsewhere_are_refused(source: Source, digests: int) -> None:
+    """What is called memory is not measured from the database, nor the other way round."""
+    with pytest.raises(BenchError, match="looked up"):
+        rounds.check_source(source, 1000, digests)
 
 
 def test_calls_are_counted_while_all_connections_were_at_work() -> None:

@@ -19,7 +19,7 @@ import pytest
 from bench.machine import pinned
 
 RUN = Path(__file__).with_name("run.py")
-SMALLEST = ("--rounds", "1", "--seconds", "0.4", "--keys", "1,1000", "--processes", "4")
+SMALLEST = ("--rounds", "1", "--seconds", "0.4", "--keys", "200,1000", "--processes", "4")
 
 needs_h2load = pytest.mark.skipif(
     shutil.which("h2load") is None,
@@ -82,10 +82,15 @@ async def test_a_run_writes_a_page_and_leaves_nothing_behind(postgres_url: str, 
 
     assert ("", 0) == (complaints, process.returncode)
     page = output.read_text()
-    for keys in ("1 ", "1,000 "):
-        assert f"\n| {keys}| " in page
-        assert f"round 1  {keys:>10}keys: Validate" in said
-    assert "Validate over no-op with 1,000 keys: " in page
+    for name in ("memory, 200 keys", "memory, 1,000 keys", "database, 200 keys", "database, 1,000 keys"):
+        assert f"\n| {name} | " in page
+        assert f"round 1  {name:26}" in said
+    for finding in (
+        "Validate from memory, 200 keys, over the no-op: ",
+        "From memory, 1,000 keys over memory, 200 keys: ",
+        "Validate from memory, 200 keys, over the no-op on default grpc.aio: ",
+    ):
+        assert finding in " ".join(page.split())
     asked = re.search(r"([0-9,]+) of 1,000 keys were asked for", " ".join(page.split()))
     # Not the same four again and again, although h2load repeats itself.
     assert asked is not None
@@ -96,14 +101,14 @@ async def test_a_run_writes_a_page_and_leaves_nothing_behind(postgres_url: str, 
 @needs_h2load
 @needs_two_cores
 async def test_ctrl_c_ends_all_that_was_started(postgres_url: str) -> None:
-    """Ctrl-C amid a measurement ends the service, the no-op and the four of h2load, and drops the databases."""
+    """Ctrl-C amid a measurement ends the service, the no-ops and the four of h2load, and drops the databases."""
     with _bench(
         "--seconds", "60", "--keys", "1", "--processes", "4", environment={"LATCHGATE_DATABASE_URL": postgres_url}
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("seeded 1 key ")
         assert process.stdout.readline().startswith("measuring: ")
-        children = _children(process.pid, 6)
+        children = _children(process.pid, 7)
         process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=30)
 
