@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from enum import Enum
 from typing import Any, Final, TypeVar
 
 import asyncpg
@@ -19,6 +17,7 @@ from ulid import ULID
 
 from latchgate.background import Background
 from latchgate.config import Settings, SettingsError, ValidateAccess, load_scopes
+from latchgate.database import database_address
 from latchgate.domain.effects import ImmediateEffects
 from latchgate.domain.errors import UnavailableError
 from latchgate.domain.keys import KeyManager
@@ -28,6 +27,7 @@ from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.validation import ForeignLookupBudget, Validator
 from latchgate.draining import drain
+from latchgate.listening import PortError, serve_metrics
 from latchgate.observability import Metrics
 from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
@@ -36,15 +36,14 @@ from latchgate.rpc.pipeline import Backend, Pipeline
 from latchgate.rpc.server import KEY_SERVICE, ORGANIZATION_SERVICE, ListenError, RpcServer, make_server
 from latchgate.rpc.tls import CertificateError, ReloadingCredentials, TlsFiles
 from latchgate.storage.bootstrap import RootKey, ensure_root_key, load_tag_key
-from latchgate.storage.embedded import EmbeddedDatabaseError, EmbeddedPostgres
 from latchgate.storage.lookups import BatchingKeyReader, find_many
 from latchgate.storage.migrate import migrate
-from latchgate.storage.postgres import LOOKUP_CONNECTIONS, Database, translated
+from latchgate.storage.postgres import LOOKUP_CONNECTIONS, Database
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.requests import RequestSealer, forget_requests
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.usage import UsageBuffer
-from latchgate.watch import DatabaseWatch, Figures, serve_metrics
+from latchgate.watch import DatabaseWatch, Figures
 
 LOOKUP_SPACING_S: Final = 0.004
 PROBE_INTERVAL_S: Final = 1.0
@@ -58,6 +57,13 @@ _log = structlog.get_logger("latchgate.app")
 
 class DatabaseRefusalError(Exception):
     """The database is there and refuses what a start needs. The message says what to look at."""
+
+
+class Role(Enum):
+    """What a service is among others on its machine."""
+
+    ALONE = "its port is its own, and it serves its metrics"
+    WORKER = "it shares its port, and its supervisor serves the metrics of all"
 
 
 def make_id(prefix: str) -> str:
@@ -79,6 +85,7 @@ class Running:
     """A service that listens, on the addresses that it has in truth.
 
     `ready` is done once it has its database; it fails if it never can. `background` tells when it can not go on.
+    `metrics_listen` is empty for a worker.
     """
 
     server: RpcServer
@@ -90,7 +97,7 @@ class Running:
 
 
 @asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[Running]:
+async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[Running]:
     """Listens, connects to the database as soon as it is there, and at the end stops in order.
 
     Raises SettingsError, ListenError and EmbeddedDatabaseError, each with one line that says what to do.
@@ -101,13 +108,13 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         # Before the ports: of two that are started on the same data, the second is to hear of the data.
         dsn = await database_address(stack, settings)
         metrics = Metrics(CollectorRegistry())
-        metrics_listen = serve_metrics(stack, settings.metrics_listen, metrics)
+        metrics_listen = _serve_metrics(stack, settings, metrics) if role is Role.ALONE else ""
         pipeline = Pipeline(metrics, is_validate_open=settings.validate_access is ValidateAccess.OPEN)
         database = await Database.open(dsn, pool_size=settings.pool_size)
         stack.push_async_callback(database.close)
         usage = UsageBuffer(database)
         background = Background()
-        server = _make_server(settings, pipeline, credentials)
+        server = _make_server(settings, pipeline, credentials, role)
         await server.set_serving(is_serving=False)
         parts = _Parts(
             settings=settings,
@@ -162,55 +169,25 @@ def _credentials(settings: Settings) -> ReloadingCredentials | None:
         raise SettingsError(f"LATCHGATE_TLS_CERT, LATCHGATE_TLS_KEY, LATCHGATE_TLS_CLIENT_CA: {error}") from None
 
 
-def _make_server(settings: Settings, pipeline: Pipeline, credentials: ReloadingCredentials | None) -> RpcServer:
+def _serve_metrics(stack: AsyncExitStack, settings: Settings, metrics: Metrics) -> str:
+    try:
+        return serve_metrics(stack, settings.metrics_listen, metrics.registry)
+    except PortError as error:
+        raise ListenError(str(error)) from None
+
+
+def _make_server(
+    settings: Settings, pipeline: Pipeline, credentials: ReloadingCredentials | None, role: Role
+) -> RpcServer:
     try:
         return make_server(
             pipeline=pipeline,
             listen=settings.listen,
             credentials=credentials.credentials() if credentials else None,
+            shares_port=role is Role.WORKER,
         )
     except ListenError as error:
         raise ListenError(f"LATCHGATE_LISTEN: {error}") from None
-
-
-async def database_address(stack: AsyncExitStack, settings: Settings) -> str:
-    """Gives the address of the database, after starting the embedded one if none is named; `stack` stops that one.
-
-    Raises SettingsError, EmbeddedDatabaseError and StorageUnavailableError.
-    """
-    if settings.database_url is not None:
-        return settings.database_url.get_secret_value()
-    _make_data_dir(settings.data_dir)
-    # On a thread: starting and stopping take seconds, and signals must be heard meanwhile.
-    starting = asyncio.create_task(asyncio.to_thread(EmbeddedPostgres.start, settings.data_dir))
-    stack.push_async_callback(_stop_embedded, starting)
-    embedded = await asyncio.shield(starting)
-    with translated():
-        return await embedded.create_database()
-
-
-def _make_data_dir(path: Path) -> None:
-    # The program that starts the embedded PostgreSQL hands its folder to a shell as it is.
-    if not re.fullmatch(r"[\w/.,:@%+=-]+", str(path.resolve())):
-        raise SettingsError(
-            f"LATCHGATE_DATA_DIR: {path}: the embedded PostgreSQL needs a folder whose whole path has no spaces and "
-            "signs that mean something to a shell; name another, or set LATCHGATE_DATABASE_URL"
-        )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"LATCHGATE_DATA_DIR: {path}: {error.strerror}") from None
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        raise SettingsError(f"LATCHGATE_DATA_DIR: {path}: can not be written")
-
-
-async def _stop_embedded(starting: asyncio.Task[EmbeddedPostgres]) -> None:
-    """Stops the embedded database, and one that is about to start: the thread that does it can not be called back."""
-    try:
-        embedded = await starting
-    except EmbeddedDatabaseError:
-        return
-    await asyncio.to_thread(embedded.stop)
 
 
 async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:

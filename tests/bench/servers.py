@@ -128,7 +128,7 @@ async def _ask(channel: grpc.aio.Channel, token: str) -> pb.ValidateResponse:
 
 @asynccontextmanager
 async def service(seeded: Seeded, core: int, folder: Path) -> AsyncIterator[Service]:
-    """Runs `latchgate serve` with its own defaults, until the block ends."""
+    """Runs `latchgate serve` with its own defaults and one worker, until the block ends."""
     port, metrics_port = free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LATCHGATE_")} | {
         "LATCHGATE_DATABASE_URL": seeded.url,
@@ -137,12 +137,14 @@ async def service(seeded: Seeded, core: int, folder: Path) -> AsyncIterator[Serv
         "LATCHGATE_TAG_KEY": TAG_KEY,
         "LATCHGATE_ROOT_TOKEN": "root-token-of-the-benchmark-0123456789abcdef",
         "LATCHGATE_DRAIN_SECONDS": "1",
+        "LATCHGATE_WORKERS": "1",
     }
     log = folder / f"service-{seeded.keys}.log"
     async with _process(["-m", "latchgate", "serve"], core=core, environment=environment, log=log) as process:
         answer = await _first_answer(process, port, next(iter(seeded.sample)), log)
         yield Service(
-            pid=process.pid,
+            # What serves is the worker.
+            pid=int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]),
             port=port,
             answer=answer,
             metrics_port=metrics_port,

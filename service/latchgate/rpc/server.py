@@ -52,8 +52,6 @@ OPTIONS: Final[Sequence[tuple[str, int]]] = (
     # Let clients ping as often as grpc-go (10 s) and Envoy (as configured) may, with nothing under way too.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    # Two servers must not share a port by accident.
-    ("grpc.so_reuseport", 0),
 )
 
 
@@ -100,9 +98,13 @@ def make_server(
     pipeline: Pipeline,
     listen: str,
     credentials: grpc.ServerCredentials | None,
+    shares_port: bool = False,
 ) -> RpcServer:
-    """Makes a server that is ready to be started on `listen`; its health is NOT_SERVING. Raises ListenError."""
-    server = grpc.aio.server(options=OPTIONS)
+    """Makes a server that is ready to be started on `listen`; its health is NOT_SERVING. Raises ListenError.
+
+    Unless it `shares_port`, no other can have the same one: two must not do so by accident.
+    """
+    server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", int(shares_port))])
     server.add_generic_rpc_handlers((_bind(KEY_SERVICE, KeyService, pipeline),))
     server.add_generic_rpc_handlers((_bind(ORGANIZATION_SERVICE, OrganizationService, pipeline),))
     served = [service.full_name for service in SERVICES]
