@@ -144,13 +144,17 @@ async def service(seeded: Seeded, core: int, folder: Path) -> AsyncIterator[Serv
         answer = await _first_answer(process, port, next(iter(seeded.sample)), log)
         yield Service(
             # What serves is the worker.
-            pid=int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]),
+            pid=_child(process.pid),
             port=port,
             answer=answer,
             metrics_port=metrics_port,
             seeded=seeded,
             bodies=[body(token) for token in seeded.tokens],
         )
+
+
+def _child(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
 @asynccontextmanager

@@ -148,7 +148,7 @@ async def latchgate(command: str, folder: Path, variables: Mapping[str, str]) ->
         sys.executable,
         "-m",
         "latchgate",
-        command,
+        *command.split(),
         cwd=folder,
         env=dict(variables),
         stdin=asyncio.subprocess.DEVNULL,
