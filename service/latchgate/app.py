@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Final, TypeVar
 
 import asyncpg
@@ -27,7 +26,7 @@ from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.validation import ForeignLookupBudget, Validator
 from latchgate.draining import drain
-from latchgate.listening import PortError, serve_metrics
+from latchgate.listening import PortError, Role, serve_metrics
 from latchgate.observability import Metrics
 from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
@@ -57,13 +56,6 @@ _log = structlog.get_logger("latchgate.app")
 
 class DatabaseRefusalError(Exception):
     """The database is there and refuses what a start needs. The message says what to look at."""
-
-
-class Role(Enum):
-    """What a service is among others on its machine."""
-
-    ALONE = "its port is its own, and it serves its metrics"
-    WORKER = "it shares its port, and its supervisor serves the metrics of all"
 
 
 def make_id(prefix: str) -> str:
@@ -114,7 +106,7 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
         stack.push_async_callback(database.close)
         usage = UsageBuffer(database)
         background = Background()
-        server = _make_server(settings, pipeline, credentials, role)
+        server = make_server(pipeline=pipeline, shares_port=role is not Role.ALONE)
         await server.set_serving(is_serving=False)
         parts = _Parts(
             settings=settings,
@@ -130,8 +122,9 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
         stack.push_async_callback(_flush_last, usage)
         beside = await stack.enter_async_context(AsyncExitStack())
         stack.push_async_callback(background.close)
-        await server.server.start()
-        ready = asyncio.create_task(_get_ready(beside, parts, dsn))
+        if role is not Role.SUCCESSOR:
+            await _listen(settings, server, credentials)
+        ready = asyncio.create_task(_get_ready_and_listen(beside, parts, dsn, credentials))
         stack.push_async_callback(_cancelled, ready)
         stack.push_async_callback(drain, server, pipeline, settings.drain_seconds)
         stack.callback(background.stop)
@@ -139,7 +132,7 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
         background.keep("gRPC server", asyncio.shield(server.server.wait_for_termination()))
         yield Running(
             server=server,
-            listen=f"{settings.listen.rpartition(':')[0]}:{server.port}",
+            listen=_with_port(settings.listen, server.port),
             metrics_listen=metrics_listen,
             metrics=metrics,
             ready=ready,
@@ -176,18 +169,26 @@ def _serve_metrics(stack: AsyncExitStack, settings: Settings, metrics: Metrics) 
         raise ListenError(str(error)) from None
 
 
-def _make_server(
-    settings: Settings, pipeline: Pipeline, credentials: ReloadingCredentials | None, role: Role
-) -> RpcServer:
+def _with_port(listen: str, port: int) -> str:
+    """Gives an address with the port that it has in truth, if that is known already."""
+    return f"{listen.rpartition(':')[0]}:{port}" if port else listen
+
+
+async def _listen(settings: Settings, server: RpcServer, credentials: ReloadingCredentials | None) -> None:
     try:
-        return make_server(
-            pipeline=pipeline,
-            listen=settings.listen,
-            credentials=credentials.credentials() if credentials else None,
-            shares_port=role is Role.WORKER,
-        )
+        await server.listen(settings.listen, credentials.credentials() if credentials else None)
     except ListenError as error:
         raise ListenError(f"LATCHGATE_LISTEN: {error}") from None
+
+
+async def _get_ready_and_listen(
+    stack: AsyncExitStack, parts: _Parts, dsn: str, credentials: ReloadingCredentials | None
+) -> Ready:
+    """Gets ready, and listens if that was put off until now."""
+    ready = await _get_ready(stack, parts, dsn)
+    if not parts.server.port:
+        await _listen(parts.settings, parts.server, credentials)
+    return ready
 
 
 async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:

@@ -35,7 +35,9 @@ def main() -> None:
     commands.add_parser("migrate", help="bring the database's schema up to date, and stop")
     commands.add_parser("health", help="exit with 0 if the service on LATCHGATE_LISTEN is healthy, else with 1")
     # Not listed: the first two start it.
-    commands.add_parser("worker").add_argument("number", type=int)
+    worker = commands.add_parser("worker")
+    worker.add_argument("number", type=int)
+    worker.add_argument("role")
     arguments = parser.parse_args()
     try:
         work = _work(arguments)
@@ -60,7 +62,7 @@ def _work(arguments: argparse.Namespace) -> Coroutine[Any, Any, int | None]:
     if command == "worker":
         from latchgate import worker
 
-        return worker.work(worker.supervisors_end(), arguments.number)
+        return worker.work(worker.supervisors_end(), arguments.number, arguments.role)
     if command == "health":
         settings = config.load()
         from latchgate.health import check_health

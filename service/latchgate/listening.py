@@ -5,8 +5,20 @@ from __future__ import annotations
 import errno
 import socket
 from contextlib import AsyncExitStack
+from enum import Enum
 
 from prometheus_client import CollectorRegistry, start_http_server
+
+
+class Role(Enum):
+    """What a service is among others on its port."""
+
+    ALONE = "alone"
+    """The port is its own, and it serves its metrics."""
+    WORKER = "worker"
+    """It shares the port, and its supervisor serves the metrics of all. It listens from the beginning."""
+    SUCCESSOR = "successor"
+    """Such a one that listens only when it is ready: until then others answer the calls that would come to it."""
 
 
 class PortError(Exception):

@@ -22,6 +22,7 @@ from latchgate import config
 from latchgate.background import fault, where
 from latchgate.channel import Channel, Found
 from latchgate.config import CommandError, LogFormat, Settings
+from latchgate.listening import Role
 from latchgate.merging import as_message, read_registry
 from latchgate.observability import configure_logging
 from latchgate.signals import unless_stopped
@@ -49,12 +50,15 @@ def supervisors_end() -> socket.socket:
     return end
 
 
-async def work(end: socket.socket, number: int) -> int:
-    """Serves as the worker of this number, and gives its exit status. What it ends with is told to the supervisor."""
+async def work(end: socket.socket, number: int, role: str) -> int:
+    """Serves as the worker of this number and role, and gives its exit status.
+
+    What it ends with is told to the supervisor.
+    """
     channel = await Channel.open(end)
     status = 0
     try:
-        await _serve(config.load(), channel, number)
+        await _serve(config.load(), channel, number, Role(role))
     except CommandError as error:
         status = error.status
         channel.send({"is": "failed", "problem": str(error), "status": status})
@@ -69,10 +73,10 @@ async def work(end: socket.socket, number: int) -> int:
     return status
 
 
-async def _serve(settings: Settings, channel: Channel, number: int) -> None:
+async def _serve(settings: Settings, channel: Channel, number: int, role: Role) -> None:
     configure_logging(level=settings.log_level.value, as_json=settings.log_format is LogFormat.JSON)
     structlog.configure(processors=[_naming(number), *structlog.get_config()["processors"]])
-    from latchgate.app import DatabaseRefusalError, Role, serving
+    from latchgate.app import DatabaseRefusalError, serving
     from latchgate.background import BackgroundError
     from latchgate.domain.errors import UnavailableError
     from latchgate.rpc.server import ListenError
@@ -80,7 +84,7 @@ async def _serve(settings: Settings, channel: Channel, number: int) -> None:
     from latchgate.storage.migrate import SchemaError
 
     try:
-        async with serving(settings, Role.WORKER) as running:
+        async with serving(settings, role) as running:
             stopping = asyncio.Event()
             heeding = asyncio.create_task(_heed(channel, running, stopping, settings.drain_seconds + LAST_S))
             ready = await unless_stopped(stopping, running.ready)

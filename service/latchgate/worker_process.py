@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from latchgate.channel import Channel, Found, Message
+from latchgate.listening import Role
 from latchgate.merging import Family, from_message
 
 METRICS_TIMEOUT_S: Final = 1.0
@@ -69,8 +70,8 @@ class WorkerProcess:
         self.ended = asyncio.create_task(self._follow())
 
     @classmethod
-    async def start(cls, number: int, variables: Mapping[str, str]) -> WorkerProcess:
-        """Starts a worker with an environment. Raises OSError."""
+    async def start(cls, number: int, role: Role, variables: Mapping[str, str]) -> WorkerProcess:
+        """Starts a worker in an environment. Raises OSError."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -82,6 +83,7 @@ class WorkerProcess:
                     "latchgate",
                     "worker",
                     str(number),
+                    role.value,
                     stdin=theirs.fileno(),
                     env=dict(variables),
                     # Out of reach of what a terminal sends to all processes of its foreground.

@@ -14,6 +14,7 @@ import structlog
 from latchgate.channel import Found
 from latchgate.config import CommandError
 from latchgate.fleet_metrics import FleetMetrics
+from latchgate.listening import Role
 from latchgate.worker import LAST_S
 from latchgate.worker_process import Ending, WorkerEndedError, WorkerProcess
 
@@ -139,8 +140,10 @@ class Supervisor:
             self._count_death(place, "it can not be started")
 
     async def _start(self, place: _Place) -> WorkerProcess | None:
+        serves = any(worker.is_ready and not worker.is_leaving for worker in self._metrics.living)
         try:
-            worker = await WorkerProcess.start(place.number, self._variables)
+            role = Role.SUCCESSOR if serves and self._is_complete else Role.WORKER
+            worker = await WorkerProcess.start(place.number, role, self._variables)
         except OSError as error:
             _log.error("worker_not_started", worker=place.number, problem=error.strerror)
             return None

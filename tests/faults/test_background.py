@@ -164,7 +164,7 @@ class _BrokenProbe(DatabaseProbe):
 async def test_probe_fault_is_not_serving(background: Background, log: pytest.CaptureFixture[str]) -> None:
     """A health watch that fails itself says NOT_SERVING: it does not know better."""
     metrics = Metrics(CollectorRegistry())
-    server = make_server(pipeline=Pipeline(metrics, is_validate_open=True), listen="127.0.0.1:0", credentials=None)
+    server = make_server(pipeline=Pipeline(metrics, is_validate_open=True))
     watch = DatabaseWatch(_BrokenProbe("postgresql://", 1.0), server, metrics, background)
     await watch.show(is_up=True)
     await watch.look()

@@ -10,9 +10,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from latchgate import worker
-from latchgate.app import Role, Running, serving
+from latchgate.app import Running, serving
 from latchgate.channel import Channel, Message
 from latchgate.config import Settings, as_variables
+from latchgate.listening import Role
 from latchgate.rpc.server import ListenError
 from latchgate.storage.bootstrap import BootstrapError
 from support.databases import connected, until
@@ -98,7 +99,7 @@ async def test_worker_that_can_not_go_on(database_url: str, monkeypatch: pytest.
         monkeypatch.setenv(name, value)
     ours, theirs = socket.socketpair()
     supervisor = await Channel.open(ours)
-    work = asyncio.create_task(worker.work(theirs, 1))
+    work = asyncio.create_task(worker.work(theirs, 1, "worker"))
     while (await told(supervisor))["is"] != "ready":
         pass
     await (await served).server.server.stop(None)

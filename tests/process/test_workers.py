@@ -9,24 +9,44 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import trustme
 
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
+from latchgate.storage.postgres import Connection
+from latchgate.storage.queries import MIGRATION_LOCK
 from support.databases import connected, until
-from support.fleets import OWN_CONNECTION, Fleet, Samples, clients, fleet, gone_back, total, value
+from support.fleets import DEADLINE_S, OWN_CONNECTION, Fleet, Samples, clients, fleet, gone_back, total, value
 from support.processes import SERVE, environment, is_running, latchgate, postmaster, run_latchgate, until_gone
 
 WORKERS = (1, 2)
+UNKNOWN = "no token"
 CLIENTS = 6
 CONNECTIONS = 40
 """So many that they do not all land on the same of two workers, but once in a million of millions of times."""
 
 
-async def ask(address: str) -> None:
+async def ask(address: str, token: str = UNKNOWN) -> None:
     """Asks Validate once, on a connection of its own, after waiting for one if need be."""
     async with grpc.aio.insecure_channel(address, options=OWN_CONNECTION) as channel:
         stub: Any = KeyServiceStub(channel)
-        await stub.Validate(keys_pb.ValidateRequest(token="no token"), wait_for_ready=True, timeout=30)
+        await stub.Validate(keys_pb.ValidateRequest(token=token), wait_for_ready=True, timeout=30)
+
+
+async def is_waiting_for_advisory_lock(connection: Connection) -> bool:
+    """Says whether a worker waits to bring the schema up to date."""
+    waiting: bool = await connection.fetchval(
+        "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'advisory')"
+    )
+    return waiting
+
+
+async def is_waiting_for_lock(connection: Connection) -> bool:
+    """Says whether somebody waits until the table of secrets can be read."""
+    waiting: bool = await connection.fetchval(
+        "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'secret'::regclass)"
+    )
+    return waiting
 
 
 async def stop(service: Fleet) -> None:
@@ -67,6 +87,7 @@ async def test_worker_that_dies_is_replaced(database_url: str, tmp_path: Path) -
         before = await service.counters()
         (killed,) = service.pids(1)
         os.kill(killed, signal.SIGKILL)
+        await until_gone(killed)
         await asyncio.gather(*(ask(service.address) for _ in range(CONNECTIONS)))
         assert killed != await service.until_ready(1, 2)
         assert ["SIGKILL"] == [event["how"] for event in service.events("worker_ended", pid=killed)]
@@ -78,6 +99,22 @@ async def test_worker_that_dies_is_replaced(database_url: str, tmp_path: Path) -
         assert 1 == value(after, "latchgate_worker_deaths_total")
         assert 1 == len(service.pids(2))
         await stop(service)
+
+
+async def test_successor_takes_no_calls_before_it_is_ready(database_url: str, tmp_path: Path) -> None:
+    """While a successor waits for its database, connections go to those who serve: no call is answered by it."""
+    async with (
+        fleet(database_url, tmp_path) as service,
+        connected(database_url) as connection,
+        connection.transaction(),
+    ):
+        (killed,) = service.pids(1)
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK)
+        os.kill(killed, signal.SIGKILL)
+        await service.until_event("worker_ended", pid=killed)
+        await until(lambda: is_waiting_for_advisory_lock(connection), DEADLINE_S)
+        await asyncio.gather(*(ask(service.address) for _ in range(CONNECTIONS)))
+        assert 1 == len(service.pids(1))
 
 
 async def test_workers_that_die_again_and_again(database_url: str, tmp_path: Path) -> None:
@@ -109,7 +146,7 @@ async def test_workers_are_renewed(database_url: str, tmp_path: Path) -> None:
                 seen.append(await service.counters())
                 return bool(service.events("workers_renewed"))
 
-            await until(scraped_until_renewed)
+            await until(scraped_until_renewed, DEADLINE_S)
             await load.until_answered(20 * CLIENTS)
         assert {} == load.failed
         end = await service.counters()
@@ -154,20 +191,61 @@ async def test_supervisor_is_killed(database_url: str, tmp_path: Path) -> None:
         async with connection.transaction():
             await connection.execute("LOCK secret IN ACCESS EXCLUSIVE MODE")
             under_way = asyncio.ensure_future(stub.Validate(keys_pb.ValidateRequest(token="yet-another-systems-token")))
-
-            async def is_waiting() -> bool:
-                assert not under_way.done()
-                waiting: bool = await connection.fetchval(
-                    "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'secret'::regclass)"
-                )
-                return waiting
-
-            await until(is_waiting)
+            await until(lambda: is_waiting_for_lock(connection))
             service.process.tell(signal.SIGKILL)
         assert keys_pb.OUTCOME_NOT_FOUND == (await under_way).outcome
         for pid in pids:
             await until_gone(pid)
         assert [] == service.events("worker_killed")
+
+
+async def test_second_signal_ends_all(database_url: str, tmp_path: Path) -> None:
+    """The second signal ends the workers at once as well, whatever is under way."""
+    async with (
+        fleet(database_url, tmp_path, DRAIN_SECONDS=3600) as service,
+        connected(database_url) as connection,
+        connection.transaction(),
+    ):
+        pids = [service.pids(worker)[0] for worker in WORKERS]
+        await connection.execute("LOCK secret IN ACCESS EXCLUSIVE MODE")
+        under_way = [asyncio.create_task(ask(service.address, "another-systems-token")) for _ in range(CLIENTS)]
+        await until(lambda: is_waiting_for_lock(connection))
+        service.process.tell(signal.SIGTERM)
+        await service.process.event("stopping")
+        service.process.tell(signal.SIGTERM)
+        assert 1 == await service.process.ended()
+        for pid in pids:
+            await until_gone(pid)
+        for each in under_way:
+            each.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+
+
+async def test_worker_that_hangs(database_url: str, tmp_path: Path) -> None:
+    """A worker that does nothing any more neither keeps the figures of all from being read, nor the service from
+    stopping.
+    """
+    async with fleet(database_url, tmp_path, DRAIN_SECONDS=0) as service:
+        await ask(service.address)
+        before = await service.counters()
+        os.kill(service.pids(1)[0], signal.SIGSTOP)
+        assert {} == gone_back(before, await service.counters())
+        service.process.tell(signal.SIGTERM)
+        assert 0 == await service.process.ended()
+        assert [1] == [event["worker"] for event in service.events("worker_killed")]
+
+
+async def test_health_behind_tls(database_url: str, tmp_path: Path) -> None:
+    """`health` of a port that speaks TLS finds in the metrics of several workers that they serve."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("gate.example.com")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    tls = {"TLS_CERT": tmp_path / "cert.pem", "TLS_KEY": tmp_path / "key.pem"}
+    async with fleet(database_url, tmp_path, **tls) as service:
+        variables = environment(LISTEN=service.address, METRICS_LISTEN=service.metrics_address, **tls)
+        assert (0, [], []) == await run_latchgate("health", tmp_path, variables)
+        await stop(service)
 
 
 async def test_embedded_database_outlives_the_workers(folder: Path) -> None:
@@ -203,6 +281,6 @@ async def test_taken_port(database_url: str, tmp_path: Path) -> None:
 
 async def test_worker_is_not_started_by_hand(tmp_path: Path) -> None:
     """Who starts a worker by hand is told how it is done."""
-    status, out, err = await run_latchgate("worker 1", tmp_path, environment())
+    status, out, err = await run_latchgate("worker 1 worker", tmp_path, environment())
     assert (1, []) == (status, out)
     assert ["latchgate: a worker is started by `latchgate serve`, not by hand"] == err

@@ -98,9 +98,9 @@ async def opened(url: str, *, pool_size: int = 5) -> AsyncIterator[Database]:
         await database.close()
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], within_s: float = DEADLINE_S) -> None:
     """Waits for something that can only be looked at."""
-    deadline_s = time.monotonic() + DEADLINE_S
+    deadline_s = time.monotonic() + within_s
     while not await condition():
         if time.monotonic() > deadline_s:
             raise TimeoutError("what was waited for did not come")

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,6 +20,9 @@ from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from support.databases import until
 from support.processes import SERVE, Latchgate, environment, latchgate
 from support.service import ROOT_TOKEN, TAG_KEY
+
+DEADLINE_S: Final = 60.0
+"""How long is waited for processes to start and to end, on a machine that does much else."""
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -57,7 +60,7 @@ class Fleet:
                 raise AssertionError(self.process.text)
             return len(self.events(name, **wanted)) >= count
 
-        await until(is_there)
+        await until(is_there, DEADLINE_S)
 
     async def metrics(self) -> Samples:
         """Scrapes it."""
@@ -126,7 +129,7 @@ class Clients:
         async def is_reached() -> bool:
             return self.answered >= goal
 
-        await until(is_reached)
+        await until(is_reached, DEADLINE_S)
 
     async def keep_asking(self, address: str) -> None:
         """Asks Validate on a connection of its own, as an ordinary client."""

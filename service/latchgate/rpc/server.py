@@ -59,13 +59,24 @@ class ListenError(Exception):
     """The address can not be listened on. The message names it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class RpcServer:
-    """A server with its health servicer."""
+    """A server with its health servicer. `port` is 0 until it listens."""
 
     server: grpc.aio.Server
     health: Health
-    port: int
+    port: int = 0
+
+    async def listen(self, address: str, credentials: grpc.ServerCredentials | None) -> None:
+        """Takes calls on an address, from now on. Raises ListenError."""
+        add = self.server.add_insecure_port
+        try:
+            self.port = self.server.add_secure_port(address, credentials) if credentials else add(address)
+        except RuntimeError:
+            raise ListenError(
+                f"{address} can not be listened on: it is in use, or is no address of this machine"
+            ) from None
+        await self.server.start()
 
     async def set_serving(self, *, is_serving: bool) -> None:
         """Tells health checks whether the service can answer."""
@@ -93,14 +104,8 @@ class _ReflectionPool:
             return pool.FindMethodByName(symbol).containing_service.file
 
 
-def make_server(
-    *,
-    pipeline: Pipeline,
-    listen: str,
-    credentials: grpc.ServerCredentials | None,
-    shares_port: bool = False,
-) -> RpcServer:
-    """Makes a server that is ready to be started on `listen`; its health is NOT_SERVING. Raises ListenError.
+def make_server(*, pipeline: Pipeline, shares_port: bool = False) -> RpcServer:
+    """Makes a server that does not listen yet; its health is NOT_SERVING.
 
     Unless it `shares_port`, no other can have the same one: two must not do so by accident.
     """
@@ -112,11 +117,7 @@ def make_server(
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names = [*served, health.SERVICE_NAME, reflection.SERVICE_NAME]
     reflection.enable_server_reflection(names, server, cast("descriptor_pool.DescriptorPool", _ReflectionPool()))
-    try:
-        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
-    except RuntimeError:
-        raise ListenError(f"{listen} can not be listened on: it is in use, or is no address of this machine") from None
-    return RpcServer(server=server, health=health_servicer, port=port)
+    return RpcServer(server=server, health=health_servicer)
 
 
 def _bind(
