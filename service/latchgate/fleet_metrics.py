@@ -60,9 +60,10 @@ class FleetMetrics(Collector):
         # Of two in one place, the gauges of the one that serves.
         living = sorted(self.living, key=lambda worker: worker.is_ready and not worker.is_leaving)
         parts = [(SUPERVISOR, read_registry(self._own)), *((str(each.number), each.families) for each in living)]
-        return [*self._totals.merged(parts), *self._of_workers()]
+        return [*self._totals.merged(parts), *self.of_workers()]
 
-    def _of_workers(self) -> Iterable[Metric]:
+    def of_workers(self) -> Iterable[Metric]:
+        """Gives what there is to say of the workers themselves."""
         states = Counter(_state(worker) for worker in self.living)
         workers = GaugeMetricFamily("latchgate_workers", "Worker processes, by what they do.", labels=["state"])
         for state in ("starting", "ready", "leaving"):

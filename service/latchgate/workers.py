@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn
 
 import structlog
 
+from latchgate.background import fault
 from latchgate.channel import Found
 from latchgate.config import CommandError
 from latchgate.fleet_metrics import FleetMetrics
@@ -150,10 +151,17 @@ class Supervisor:
         self._metrics.living.append(worker)
         watch = asyncio.create_task(self._watch(place, worker))
         self._watches.add(watch)
-        watch.add_done_callback(self._watches.discard)
+        watch.add_done_callback(self._has_watched)
         if self._is_stopping:
             worker.kill()
         return worker
+
+    def _has_watched(self, watch: asyncio.Task[None]) -> None:
+        """Ends the service where a worker would be left without anybody who replaces it."""
+        self._watches.discard(watch)
+        error = None if watch.cancelled() else watch.exception()
+        if error is not None and not self._failed.done():
+            self._failed.set_exception(WorkerError(fault(error)))
 
     async def _watch(self, place: _Place, worker: WorkerProcess) -> None:
         if await _is_ready(worker):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -200,25 +202,22 @@ async def test_supervisor_is_killed(database_url: str, tmp_path: Path) -> None:
 
 
 async def test_second_signal_ends_all(database_url: str, tmp_path: Path) -> None:
-    """The second signal ends the workers at once as well, whatever is under way."""
-    async with (
-        fleet(database_url, tmp_path, DRAIN_SECONDS=3600) as service,
-        connected(database_url) as connection,
-        connection.transaction(),
-    ):
+    """The second signal ends the workers at once as well, also such as do not heed their supervisor any more."""
+    async with fleet(database_url, tmp_path, DRAIN_SECONDS=3600) as service:
         pids = [service.pids(worker)[0] for worker in WORKERS]
-        await connection.execute("LOCK secret IN ACCESS EXCLUSIVE MODE")
-        under_way = [asyncio.create_task(ask(service.address, "another-systems-token")) for _ in range(CLIENTS)]
-        await until(lambda: is_waiting_for_lock(connection))
-        service.process.tell(signal.SIGTERM)
-        await service.process.event("stopping")
-        service.process.tell(signal.SIGTERM)
-        assert 1 == await service.process.ended()
         for pid in pids:
-            await until_gone(pid)
-        for each in under_way:
-            each.cancel()
-        await asyncio.gather(*under_way, return_exceptions=True)
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            service.process.tell(signal.SIGTERM)
+            await service.process.event("stopping")
+            service.process.tell(signal.SIGTERM)
+            assert 1 == await service.process.ended()
+            for pid in pids:
+                await until_gone(pid)
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 async def test_worker_that_hangs(database_url: str, tmp_path: Path) -> None:
@@ -277,6 +276,18 @@ async def test_taken_port(database_url: str, tmp_path: Path) -> None:
         assert (1, [], 1) == (status, out, len(err)), err
         assert err[0].startswith(f"latchgate: LATCHGATE_LISTEN: {service.address} can not be listened on")
         await stop(service)
+
+
+async def test_supervisor_is_without_grpc() -> None:
+    """Who only supervises workers has not loaded what it takes to be one: it can start others safely, and is small."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        "import sys, latchgate.commands; print(*sorted({'grpc', 'alembic', 'sqlalchemy'} & set(sys.modules)))",
+        stdout=asyncio.subprocess.PIPE,
+    )
+    out, _ = await process.communicate()
+    assert b"" == out.strip()
 
 
 async def test_worker_is_not_started_by_hand(tmp_path: Path) -> None:
