@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import asyncpg
@@ -19,6 +16,7 @@ from ulid import ULID
 
 from latchgate.background import Background
 from latchgate.config import Settings, SettingsError, ValidateAccess, load_scopes
+from latchgate.database import database_address
 from latchgate.domain.cache import KeyCache
 from latchgate.domain.coherence import Coherence, LeaseTerms
 from latchgate.domain.errors import UnavailableError
@@ -29,6 +27,7 @@ from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.validation import ForeignLookupBudget, Validator
 from latchgate.draining import drain
+from latchgate.listening import PortError, Role, serve_metrics
 from latchgate.observability import Metrics
 from latchgate.rpc import convert
 from latchgate.rpc.key_service import KeyService
@@ -40,16 +39,15 @@ from latchgate.rpc.tls import CertificateError, ReloadingCredentials, TlsFiles
 from latchgate.storage.bootstrap import RootKey, ensure_root_key, load_tag_key
 from latchgate.storage.coherence import Membership, forget_changes
 from latchgate.storage.effects import EffectPoller
-from latchgate.storage.embedded import EmbeddedDatabaseError, EmbeddedPostgres
 from latchgate.storage.link import Link
 from latchgate.storage.lookups import BatchingKeyReader, find_many, lookup_link
 from latchgate.storage.migrate import migrate
-from latchgate.storage.postgres import Database, translated
+from latchgate.storage.postgres import Database
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.requests import RequestSealer, forget_requests
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.usage import UsageBuffer
-from latchgate.watch import DatabaseWatch, Figures, serve_metrics
+from latchgate.watch import DatabaseWatch, Figures
 
 # Elsewhere than on Linux the monotonic clock does not stop.
 _BOOTTIME: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -93,6 +91,7 @@ class Running:
     """A service that listens, on the addresses that it has in truth.
 
     `ready` is done once it has its database; it fails if it never can. `background` tells when it can not go on.
+    `metrics_listen` is empty for a worker.
     """
 
     server: RpcServer
@@ -104,7 +103,7 @@ class Running:
 
 
 @asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[Running]:
+async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[Running]:
     """Listens, connects to the database as soon as it is there, and at the end stops in order.
 
     Raises SettingsError, ListenError and EmbeddedDatabaseError, each with one line that says what to do.
@@ -115,13 +114,13 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         # Before the ports: of two that are started on the same data, the second is to hear of the data.
         dsn = await database_address(stack, settings)
         metrics = Metrics(CollectorRegistry())
-        metrics_listen = serve_metrics(stack, settings.metrics_listen, metrics)
+        metrics_listen = _serve_metrics(stack, settings, metrics) if role is Role.ALONE else ""
         pipeline = Pipeline(metrics, is_validate_open=settings.validate_access is ValidateAccess.OPEN)
         database = await Database.open(dsn, pool_size=settings.pool_size)
         stack.push_async_callback(database.close)
         usage = UsageBuffer(database)
         background = Background()
-        server = _make_server(settings, pipeline, credentials)
+        server = make_server(pipeline=pipeline, shares_port=role is not Role.ALONE)
         await server.set_serving(is_serving=False)
         parts = _Parts(
             settings=settings,
@@ -137,8 +136,9 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         stack.push_async_callback(_flush_last, usage)
         beside = await stack.enter_async_context(AsyncExitStack())
         stack.push_async_callback(background.close)
-        await server.server.start()
-        ready = asyncio.create_task(_get_ready(beside, parts, dsn))
+        if role is not Role.SUCCESSOR:
+            await _listen(settings, server, credentials)
+        ready = asyncio.create_task(_get_ready_and_listen(beside, parts, dsn, credentials))
         stack.push_async_callback(_cancelled, ready)
         stack.push_async_callback(drain, server, pipeline, settings.drain_seconds)
         stack.callback(background.stop)
@@ -146,7 +146,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         background.keep("gRPC server", asyncio.shield(server.server.wait_for_termination()))
         yield Running(
             server=server,
-            listen=f"{settings.listen.rpartition(':')[0]}:{server.port}",
+            listen=_with_port(settings.listen, server.port),
             metrics_listen=metrics_listen,
             metrics=metrics,
             ready=ready,
@@ -176,55 +176,33 @@ def _credentials(settings: Settings) -> ReloadingCredentials | None:
         raise SettingsError(f"LATCHGATE_TLS_CERT, LATCHGATE_TLS_KEY, LATCHGATE_TLS_CLIENT_CA: {error}") from None
 
 
-def _make_server(settings: Settings, pipeline: Pipeline, credentials: ReloadingCredentials | None) -> RpcServer:
+def _serve_metrics(stack: AsyncExitStack, settings: Settings, metrics: Metrics) -> str:
     try:
-        return make_server(
-            pipeline=pipeline,
-            listen=settings.listen,
-            credentials=credentials.credentials() if credentials else None,
-        )
+        return serve_metrics(stack, settings.metrics_listen, metrics.registry)
+    except PortError as error:
+        raise ListenError(str(error)) from None
+
+
+def _with_port(listen: str, port: int) -> str:
+    """Gives an address with the port that it has in truth, if that is known already."""
+    return f"{listen.rpartition(':')[0]}:{port}" if port else listen
+
+
+async def _listen(settings: Settings, server: RpcServer, credentials: ReloadingCredentials | None) -> None:
+    try:
+        await server.listen(settings.listen, credentials.credentials() if credentials else None)
     except ListenError as error:
         raise ListenError(f"LATCHGATE_LISTEN: {error}") from None
 
 
-async def database_address(stack: AsyncExitStack, settings: Settings) -> str:
-    """Gives the address of the database, after starting the embedded one if none is named; `stack` stops that one.
-
-    Raises SettingsError, EmbeddedDatabaseError and StorageUnavailableError.
-    """
-    if settings.database_url is not None:
-        return settings.database_url.get_secret_value()
-    _make_data_dir(settings.data_dir)
-    # On a thread: starting and stopping take seconds, and signals must be heard meanwhile.
-    starting = asyncio.create_task(asyncio.to_thread(EmbeddedPostgres.start, settings.data_dir))
-    stack.push_async_callback(_stop_embedded, starting)
-    embedded = await asyncio.shield(starting)
-    with translated():
-        return await embedded.create_database()
-
-
-def _make_data_dir(path: Path) -> None:
-    # The program that starts the embedded PostgreSQL hands its folder to a shell as it is.
-    if not re.fullmatch(r"[\w/.,:@%+=-]+", str(path.resolve())):
-        raise SettingsError(
-            f"LATCHGATE_DATA_DIR: {path}: the embedded PostgreSQL needs a folder whose whole path has no spaces and "
-            "signs that mean something to a shell; name another, or set LATCHGATE_DATABASE_URL"
-        )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"LATCHGATE_DATA_DIR: {path}: {error.strerror}") from None
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        raise SettingsError(f"LATCHGATE_DATA_DIR: {path}: can not be written")
-
-
-async def _stop_embedded(starting: asyncio.Task[EmbeddedPostgres]) -> None:
-    """Stops the embedded database, and one that is about to start: the thread that does it can not be called back."""
-    try:
-        embedded = await starting
-    except EmbeddedDatabaseError:
-        return
-    await asyncio.to_thread(embedded.stop)
+async def _get_ready_and_listen(
+    stack: AsyncExitStack, parts: _Parts, dsn: str, credentials: ReloadingCredentials | None
+) -> Ready:
+    """Gets ready, and listens if that was put off until now."""
+    ready = await _get_ready(stack, parts, dsn)
+    if not parts.server.port:
+        await _listen(parts.settings, parts.server, credentials)
+    return ready
 
 
 async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:

@@ -110,3 +110,8 @@ def where(error: BaseException) -> list[str]:
     """Gives the places that an error came through, innermost last."""
     frames = traceback.extract_tb(error.__traceback__)
     return [f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames[-_FRAMES:]]
+
+
+def fault(error: BaseException) -> str:
+    """Says what ended the process that nobody expected: not the error's text, which may hold what no one should see."""
+    return f"stopped by a fault of its own: {type(error).__name__} at {' > '.join(where(error))}"

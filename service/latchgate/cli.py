@@ -34,24 +34,35 @@ def main() -> None:
     commands.add_parser("serve", help="serve")
     commands.add_parser("migrate", help="bring the database's schema up to date, and stop")
     commands.add_parser("health", help="exit with 0 if the service on LATCHGATE_LISTEN is healthy, else with 1")
-    command = parser.parse_args().command
+    # Not listed: the first two start it.
+    worker = commands.add_parser("worker")
+    worker.add_argument("number", type=int)
+    worker.add_argument("role")
+    arguments = parser.parse_args()
     try:
-        work = _work(command)
+        work = _work(arguments)
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(work)
+            status = runner.run(work)
     except CommandError as error:
         sys.exit(_complaint(str(error), error.status))
     except ImportError as error:
         sys.exit(_complaint(f"this installation is not complete: {error}; install it anew", 1))
     except Exception as error:  # noqa: BLE001 - the last to hear of it; a traceback could show what no one should see
-        from latchgate.background import where
+        from latchgate.background import fault
 
-        sys.exit(_complaint(f"stopped by a fault of its own: {type(error).__name__} at {' > '.join(where(error))}", 1))
+        sys.exit(_complaint(fault(error), 1))
+    if status:
+        sys.exit(status)
 
 
-def _work(command: str) -> Coroutine[Any, Any, None]:
+def _work(arguments: argparse.Namespace) -> Coroutine[Any, Any, int | None]:
+    command = arguments.command
+    if command == "worker":
+        from latchgate import worker
+
+        return worker.work(worker.supervisors_end(), arguments.number, arguments.role)
     if command == "health":
         settings = config.load()
         from latchgate.health import check_health

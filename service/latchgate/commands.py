@@ -5,44 +5,46 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
-from pathlib import Path
-from typing import Final, TypeVar
+from dataclasses import dataclass
+from typing import Final
 
 import structlog
+from prometheus_client import CollectorRegistry
 
-from latchgate import config, demo
-from latchgate.app import DatabaseRefusalError, Ready, Running, database_address, serving
-from latchgate.background import BackgroundError
+from latchgate import config
 from latchgate.config import CommandError, LogFormat, Settings
+from latchgate.database import database_address, end_embedded
 from latchgate.domain.errors import UnavailableError
+from latchgate.fleet_metrics import FleetMetrics
+from latchgate.listening import PortError, hold_port, serve_metrics
 from latchgate.observability import configure_logging
-from latchgate.rpc.server import ListenError
-from latchgate.storage.bootstrap import BootstrapError
+from latchgate.signals import Signals
 from latchgate.storage.embedded import EmbeddedDatabaseError
-from latchgate.storage.migrate import SchemaError
-from latchgate.storage.migrate import migrate as migrate_database
+from latchgate.workers import Supervisor
 
 _log = structlog.get_logger("latchgate")
 
 # Errors whose message is all that a person needs.
-_PLAIN: Final = (
-    BackgroundError,
-    BootstrapError,
-    DatabaseRefusalError,
-    EmbeddedDatabaseError,
-    ListenError,
-    SchemaError,
-    UnavailableError,
-)
+_PLAIN: Final = (EmbeddedDatabaseError, PortError, UnavailableError)
 
-Welcome = Callable[[Running, Ready], Awaitable[None]]
-Result = TypeVar("Result")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A service all of whose workers serve. `root_token` is there only if it was made now, and is shown once."""
+
+    listen: str
+    metrics_listen: str
+    workers: int
+    schema: str
+    is_new: bool
+    root_token: str | None
+    is_root_refused: bool
+
+
+Welcome = Callable[[Started], Awaitable[None]]
 
 
 async def serve(settings: Settings) -> None:
@@ -53,10 +55,12 @@ async def serve(settings: Settings) -> None:
 
 async def run(settings: Settings) -> None:
     """Serves until a signal comes, and shows a key's life. Raises CommandError."""
+    # It needs grpc, which who only supervises workers is without.
+    from latchgate import demo  # noqa: PLC0415
 
-    async def show(running: Running, ready: Ready) -> None:
-        _warn_of_refused_root(ready)
-        await demo.show(settings, running, is_new=ready.schema_before is None)
+    async def show(started: Started) -> None:
+        _warn_of_refused_root(started)
+        await demo.show(settings, started, is_new=started.is_new)
 
     def say_stopping() -> None:
         # The terminal may be gone.
@@ -69,13 +73,19 @@ async def run(settings: Settings) -> None:
 
 async def migrate(settings: Settings) -> None:
     """Brings the schema up to date. Raises CommandError."""
+    # It needs what takes long to import.
+    from latchgate.storage import migrate as schema  # noqa: PLC0415
+
     _configure_logging(settings)
-    stopping = _on_signals(settings)
+    signals = _listen_for_signals(settings, is_renewable=False)
     versions = None
-    with _plain_errors(stopping):
-        async with AsyncExitStack() as stack:
-            dsn = await database_address(stack, settings)
-            versions = await _unless_stopped(stopping, migrate_database(dsn))
+    with _plain_errors(signals):
+        try:
+            async with AsyncExitStack() as stack:
+                dsn = await database_address(stack, settings)
+                versions = await signals.unless_stopped(schema.migrate(dsn))
+        except schema.SchemaError as error:
+            raise CommandError(str(error)) from None
     if versions is None:
         raise CommandError("stopped by a signal; what was not finished is undone, and the next time begins there")
     before, after = versions
@@ -84,17 +94,57 @@ async def migrate(settings: Settings) -> None:
 
 async def _serve(settings: Settings, welcome: Welcome, farewell: Callable[[], None]) -> None:
     _configure_logging(settings)
-    stopping = _on_signals(settings)
-    with _plain_errors(stopping):
-        async with serving(settings) as running:
-            ready = await _unless_stopped(stopping, running.ready)
-            if ready is not None:
-                # What is there now stays: the collector need not look through it again and again while calls wait.
-                gc.collect()
-                gc.freeze()
-                await _unless_stopped(stopping, welcome(running, ready))
-                await _unless_stopped(stopping, running.background.death())
+    signals = _listen_for_signals(settings, is_renewable=True)
+    # Before anything is started. The workers read it again.
+    config.load_scopes(settings.scopes_file)
+    with _plain_errors(signals):
+        async with AsyncExitStack() as stack:
+            # Before the ports: of two that are started on the same data, the second is to hear of the data.
+            dsn = await database_address(stack, settings)
+            metrics = FleetMetrics()
+            registry = CollectorRegistry()
+            registry.register(metrics)
+            metrics_listen = serve_metrics(stack, settings.metrics_listen, registry)
+            listen = hold_port(stack, settings.listen)
+            addresses = {"LATCHGATE_DATABASE_URL": dsn, "LATCHGATE_LISTEN": listen}
+            supervisor = Supervisor(
+                count=settings.workers,
+                drain_s=settings.drain_seconds,
+                variables=config.as_variables(settings) | addresses,
+                metrics=metrics,
+            )
+            stack.push_async_callback(supervisor.stop)
+            signals.at_once.insert(0, supervisor.kill)
+            found = await signals.unless_stopped(supervisor.start())
+            if found is not None:
+                started = Started(
+                    listen=listen,
+                    metrics_listen=metrics_listen,
+                    workers=settings.workers,
+                    schema=found[0].schema,
+                    is_new=any(each.schema_before is None for each in found),
+                    root_token=next((each.root_token for each in found if each.root_token is not None), None),
+                    is_root_refused=any(each.is_root_refused for each in found),
+                )
+                await signals.unless_stopped(welcome(started))
+                await signals.unless_stopped(_go_on(supervisor, signals))
             farewell()
+
+
+async def _go_on(supervisor: Supervisor, signals: Signals) -> None:
+    """Renews the workers each time that it is asked for. Raises WorkerError if the service can not go on."""
+    renewing = asyncio.create_task(_renew(supervisor, signals.renewing))
+    try:
+        await supervisor.failure()
+    finally:
+        renewing.cancel()
+        await asyncio.gather(renewing, return_exceptions=True)
+
+
+async def _renew(supervisor: Supervisor, asked: asyncio.Event) -> None:
+    while await asked.wait():
+        asked.clear()
+        await supervisor.renew()
 
 
 def _configure_logging(settings: Settings) -> None:
@@ -103,72 +153,42 @@ def _configure_logging(settings: Settings) -> None:
         _log.warning("unknown_setting", name=name)
 
 
+def _listen_for_signals(settings: Settings, *, is_renewable: bool) -> Signals:
+    signals = Signals(is_renewable=is_renewable)
+    if settings.database_url is None:
+        signals.at_once.append(lambda: end_embedded(settings.data_dir / "postgres"))
+    return signals
+
+
 @contextmanager
-def _plain_errors(stopping: asyncio.Event) -> Iterator[None]:
+def _plain_errors(signals: Signals) -> Iterator[None]:
     """Leaves of known errors the one line that a person needs."""
     try:
         yield
     except _PLAIN as error:
         # Ctrl-C reaches the programs that start the embedded database as well: that they were ended is no news then.
-        if not (stopping.is_set() and isinstance(error, EmbeddedDatabaseError)):
+        if not (signals.stopping.is_set() and isinstance(error, EmbeddedDatabaseError)):
             raise CommandError(str(error)) from None
 
 
-def _on_signals(settings: Settings) -> asyncio.Event:
-    """Gives an event that the first SIGINT, SIGTERM or SIGHUP sets; the second ends the process at once."""
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        if stopping.is_set():
-            if settings.database_url is None:
-                end_embedded(settings.data_dir / "postgres")
-            os._exit(1)
-        stopping.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # Who starts it with nohup wants it to outlive the terminal.
-        if signal.getsignal(number) is not signal.SIG_IGN or number is not signal.SIGHUP:
-            loop.add_signal_handler(number, stop)
-    return stopping
-
-
-def end_embedded(folder: Path) -> None:
-    """Tells the embedded PostgreSQL to end in an orderly way, which it does without this process.
-
-    Only where the system can be asked whether the process is the server: its number may be another's by now, and while
-    the database is being made the file holds a negative one, which would mean a whole group of processes.
-    """
-    with suppress(OSError, ValueError, IndexError):
-        pid = int((folder / "postmaster.pid").read_text().split(maxsplit=1)[0])
-        if os.fsencode(folder.resolve()) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-            os.kill(pid, signal.SIGINT)
-
-
-async def _unless_stopped(stopping: asyncio.Event, work: Awaitable[Result]) -> Result | None:
-    """Waits for some work or for the signal to stop, whichever comes first; work that is not done then is cancelled."""
-    task, stop = asyncio.ensure_future(work), asyncio.ensure_future(stopping.wait())
-    await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-    stop.cancel()
-    if task.done():
-        return task.result()
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    return None
-
-
-async def _announce(running: Running, ready: Ready) -> None:
+async def _announce(started: Started) -> None:
     """Says where the service listens, and shows a root token that was made now: the only time that it is seen."""
-    _log.info("serving", listen=running.listen, metrics=running.metrics_listen, schema=ready.schema)
-    _warn_of_refused_root(ready)
-    if ready.root.token is not None:
+    _log.info(
+        "serving",
+        listen=started.listen,
+        metrics=started.metrics_listen,
+        schema=started.schema,
+        workers=started.workers,
+    )
+    _warn_of_refused_root(started)
+    if started.root_token is not None:
         print(
-            f"The root token of this new deployment, shown this once; keep it safe:\n{ready.root.token}",
+            f"The root token of this new deployment, shown this once; keep it safe:\n{started.root_token}",
             file=sys.stderr,
             flush=True,
         )
 
 
-def _warn_of_refused_root(ready: Ready) -> None:
-    if ready.root.is_refused:
+def _warn_of_refused_root(started: Started) -> None:
+    if started.is_root_refused:
         _log.warning("root_token_refused", hint="LATCHGATE_ROOT_TOKEN is that of a key which is no longer in use")

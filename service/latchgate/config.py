@@ -34,6 +34,7 @@ _DATABASE_URL_FORM = (
 )
 _SSL_MODES = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
 _SSL_FILES = frozenset({"sslrootcert", "sslcert", "sslkey", "sslcrl"})
+MAX_WORKERS = 256
 
 
 class CommandError(Exception):
@@ -118,6 +119,11 @@ def _prefix(value: str) -> str:
     return value
 
 
+def _own_cores() -> int:
+    """How many cores this process may run on."""
+    return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+
+
 Address = Annotated[str, AfterValidator(_address)]
 Secret = Annotated[SecretStr, AfterValidator(_long_enough)]
 TokenPrefix = Annotated[str, AfterValidator(_prefix)]
@@ -136,6 +142,7 @@ class Settings(BaseSettings):
     answer_ttl_seconds: float = Field(default=0.0, ge=0, le=3600)
     listen: Address = "127.0.0.1:50051"
     metrics_listen: Address = "127.0.0.1:9464"
+    workers: int = Field(default_factory=_own_cores, ge=1, le=MAX_WORKERS)
     root_token: Secret | None = None
     tag_key: Secret | None = None
     tls_cert: Path | None = None
@@ -193,6 +200,20 @@ def load(**overrides: Any) -> Settings:
         return Settings(**overrides)
     except ValidationError as error:
         raise SettingsError(_first_line(error)) from None
+
+
+def as_variables(settings: Settings, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Gives the environment in which another process finds these same settings. It holds their secrets."""
+    variables = {name: value for name, value in environment.items() if not name.startswith(PREFIX)}
+    for name in Settings.model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, SecretStr):
+            value = value.get_secret_value()
+        elif isinstance(value, Enum):
+            value = value.value
+        if value is not None:
+            variables[PREFIX + name.upper()] = str(value)
+    return variables
 
 
 def _first_line(error: ValidationError) -> str:

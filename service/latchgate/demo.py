@@ -12,7 +12,7 @@ import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import grpc
 
@@ -21,13 +21,24 @@ from apikeys.v1 import organization_service_pb2 as organizations
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from apikeys.v1.organization_service_pb2_grpc import OrganizationServiceStub
 from latchgate import config
-from latchgate.app import Running
 from latchgate.config import Settings, SettingsError
 from latchgate.health import reached_from_here
 
 ORGANIZATION: Final = "demo"
 TOKEN_FILE: Final = "root-token"  # noqa: S105 - a file's name
 CALL_TIMEOUT_S: Final = 10.0
+
+
+class Serving(Protocol):
+    """Where a service is reached."""
+
+    @property
+    def listen(self) -> str:
+        """The address of its port."""
+
+    @property
+    def metrics_listen(self) -> str:
+        """The address of its metrics."""
 
 
 def settings() -> Settings:
@@ -73,7 +84,7 @@ def say_beginning(found: Settings) -> None:
         print(f"Making a PostgreSQL in {found.data_dir} (some seconds, this once) ...", flush=True)
 
 
-async def show(found: Settings, running: Running, *, is_new: bool) -> None:
+async def show(found: Settings, running: Serving, *, is_new: bool) -> None:
     """Says where the service is, shows a key's life, and gives lines to copy."""
     database = "the database of LATCHGATE_DATABASE_URL" if found.database_url else f"PostgreSQL in {found.data_dir}"
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import urllib.error
 import urllib.request
 from typing import Any
@@ -52,8 +53,9 @@ def _ask_metrics(address: str) -> None:
     try:
         straight = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with straight.open(f"http://{address}/metrics", timeout=TIMEOUT_S) as answer:
-            lines = answer.read().decode().splitlines()
+            text = answer.read().decode()
     except (OSError, urllib.error.URLError):
         raise HealthError(f"{address} does not answer") from None
-    if "latchgate_database_up 1.0" not in lines:
+    # One worker that serves is enough for a service that serves; it has more only while others begin or end.
+    if not re.search(r"^latchgate_database_up(\{.*\})? 1\.0$", text, re.MULTILINE):
         raise HealthError(f"{address} says that the database is away")

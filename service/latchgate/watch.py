@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AsyncExitStack
 
 import structlog
-from prometheus_client import start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -15,26 +13,13 @@ from latchgate.background import Background
 from latchgate.domain.coherence import Coherence
 from latchgate.domain.validation import ForeignLookupBudget
 from latchgate.observability import Metrics
-from latchgate.rpc.server import ListenError, RpcServer
+from latchgate.rpc.server import RpcServer
 from latchgate.storage.lookups import BatchingKeyReader
 from latchgate.storage.postgres import Database
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.usage import UsageBuffer
 
 _log = structlog.get_logger("latchgate.watch")
-
-
-def serve_metrics(stack: AsyncExitStack, listen: str, metrics: Metrics) -> str:
-    """Serves the metrics, on a thread, until `stack` ends it; gives their address. Raises ListenError."""
-    host, _, port = listen.rpartition(":")
-    try:
-        server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=metrics.registry)
-    except OSError as error:
-        raise ListenError(f"LATCHGATE_METRICS_LISTEN: {listen} can not be listened on: {error.strerror}") from None
-    stack.callback(thread.join)
-    stack.callback(server.server_close)
-    stack.callback(server.shutdown)
-    return f"{host}:{server.server_port}"
 
 
 class DatabaseWatch:

@@ -192,9 +192,10 @@ async def noop(
     kind = "plain" if is_plain else "tuned"
     script, file, log = Path(__file__).with_name("noop.py"), folder / f"answer-{kind}", folder / f"noop-{kind}.log"
     file.write_bytes(answer.SerializeToString())
-    async with _process(
-        [str(script), str(port), str(file), kind], core=core, environment=os.environ, log=log
-    ) as process:
+    # What the service chooses for grpc has come into the environment with its package; empty, nothing is chosen.
+    environment = os.environ | ({"GRPC_EXPERIMENTS": ""} if is_plain else {})
+    arguments = [str(script), str(port), str(file), kind]
+    async with _process(arguments, core=core, environment=environment, log=log) as process:
         given = await _first_answer(process, port, "", log)
         if given != answer:
             raise BenchError("the no-op answers with something else than it was told")

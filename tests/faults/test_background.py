@@ -173,7 +173,7 @@ async def _find_nothing(digests: Sequence[bytes]) -> Mapping[bytes, Lookup]:
 async def test_probe_fault_is_not_serving(background: Background, log: pytest.CaptureFixture[str]) -> None:
     """A health watch that fails itself says NOT_SERVING: it does not know better."""
     metrics = Metrics(CollectorRegistry())
-    server = make_server(pipeline=Pipeline(metrics, is_validate_open=True), listen="127.0.0.1:0", credentials=None)
+    server = make_server(pipeline=Pipeline(metrics, is_validate_open=True))
     coherence = Coherence(terms=LeaseTerms(length_s=1), cache=KeyCache(1), boottime=ManualClock())
     reader = BatchingKeyReader(_find_nothing, observer=metrics, monotonic=ManualClock())
     watch = DatabaseWatch(_BrokenProbe("postgresql://", 1.0), server, metrics, background, coherence, reader)

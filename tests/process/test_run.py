@@ -30,7 +30,7 @@ from support.processes import (
 )
 from support.service import ROOT_TOKEN, RunningService, make_settings
 
-RUN = {"LISTEN": "127.0.0.1:0", "METRICS_LISTEN": "127.0.0.1:0"}
+RUN = {"LISTEN": "127.0.0.1:0", "METRICS_LISTEN": "127.0.0.1:0", "WORKERS": "2"}
 LIFE = [
     ("CreateKey", "VALID"),
     ("ToggleKey   off", "INACTIVE"),

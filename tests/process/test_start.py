@@ -9,9 +9,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from latchgate import commands
+from latchgate import worker
 from latchgate.app import Running, serving
-from latchgate.config import CommandError, Settings
+from latchgate.channel import Channel, Message
+from latchgate.config import Settings, as_variables
+from latchgate.listening import Role
 from latchgate.rpc.server import ListenError
 from latchgate.storage.bootstrap import BootstrapError
 from support.databases import connected, until
@@ -82,20 +84,34 @@ async def test_orderly_end(database_url: str) -> None:
 
 
 @pytest.mark.usefixtures("undone")
-async def test_service_that_can_not_go_on(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When work that the service can not do without has ended, `serve` ends too, with one line that says so."""
+async def test_worker_that_can_not_go_on(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When work that a worker can not do without has ended, it ends too, and tells its supervisor why in one line."""
     served: asyncio.Future[Running] = asyncio.get_running_loop().create_future()
 
     @asynccontextmanager
-    async def seen(settings: Settings) -> AsyncIterator[Running]:
+    async def seen(settings: Settings, role: Role) -> AsyncIterator[Running]:
         async with AsyncExitStack() as stack:
-            served.set_result(await stack.enter_async_context(serving(settings)))
+            served.set_result(await stack.enter_async_context(serving(settings, role)))
             yield await served
 
-    monkeypatch.setattr("latchgate.commands.serving", seen)
-    command = asyncio.create_task(commands.serve(make_settings(database_url)))
-    running = await served
-    await running.ready
-    await running.server.server.stop(None)
-    with pytest.raises(CommandError, match="gRPC server"):
-        await asyncio.wait_for(command, 30)
+    monkeypatch.setattr("latchgate.app.serving", seen)
+    for name, value in as_variables(make_settings(database_url), {}).items():
+        monkeypatch.setenv(name, value)
+    ours, theirs = socket.socketpair()
+    supervisor = await Channel.open(ours)
+    work = asyncio.create_task(worker.work(theirs, 1, "worker"))
+    while (await told(supervisor))["is"] != "ready":
+        pass
+    await (await served).server.server.stop(None)
+    while (message := await told(supervisor))["is"] != "failed":
+        pass
+    assert "gRPC server" in message["problem"]
+    assert 1 == await asyncio.wait_for(work, 30)
+    await supervisor.close()
+
+
+async def told(channel: Channel) -> Message:
+    """Waits for what a worker says next."""
+    message = await asyncio.wait_for(channel.receive(), 30)
+    assert message is not None
+    return message

@@ -21,7 +21,7 @@ from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from apikeys.v1.organization_service_pb2_grpc import OrganizationServiceStub
-from latchgate.commands import end_embedded
+from latchgate.database import end_embedded
 from support.databases import connected, until, until_waiting
 from support.faults import NOT_SERVING, SERVING, health_changes
 from support.processes import SERVE, Latchgate, environment, latchgate
@@ -60,8 +60,13 @@ class Started:
 @asynccontextmanager
 async def started(database_url: str, folder: Path, **variables: Any) -> AsyncIterator[Started]:
     """Serves in a process that writes last-used times when it stops, not before."""
-    settings = {"DATABASE_URL": database_url, "ROOT_TOKEN": ROOT_TOKEN, "TAG_KEY": TAG_KEY, "USAGE_FLUSH_SECONDS": 3600}
-    async with latchgate("serve", folder, environment(**SERVE, **(settings | variables))) as process:
+    settings: dict[str, Any] = {
+        "DATABASE_URL": database_url,
+        "ROOT_TOKEN": ROOT_TOKEN,
+        "TAG_KEY": TAG_KEY,
+        "USAGE_FLUSH_SECONDS": 3600,
+    }
+    async with latchgate("serve", folder, environment(**(dict(SERVE) | settings | variables))) as process:
         address = await process.address()
         async with grpc.aio.insecure_channel(address) as channel:
             organization = organizations_pb.CreateOrganizationRequest(organization_id="acme", name="Acme")
@@ -157,11 +162,11 @@ async def test_stop_cancels_nothing(database_url: str, monkeypatch: pytest.Monke
 
 
 async def test_stop_finishes_calls(database_url: str, tmp_path: Path) -> None:
-    """Told to stop, the service first says NOT_SERVING, then takes no calls, finishes those under way, and writes last
-    uses; then it ends with status 0.
+    """Told to stop, the only worker first says NOT_SERVING, then takes no calls, finishes those under way, and writes
+    last uses; then the service ends with status 0.
     """
     async with (
-        started(database_url, tmp_path) as service,
+        started(database_url, tmp_path, WORKERS=1) as service,
         connected(database_url) as connection,
         grpc.aio.insecure_channel(service.address) as channel,
         health_changes(service.address) as health,
@@ -220,14 +225,11 @@ async def test_second_signal(database_url: str, tmp_path: Path) -> None:
 
 
 async def test_stop_while_waiting_for_database(tmp_path: Path) -> None:
-    """A service whose database was never there stops as soon as it is told, with status 0, and its log says so.
-
-    Being told is also that its terminal is closed.
-    """
+    """A service whose database was never there stops as soon as it is told, with status 0, and its log says so."""
     variables = environment(**SERVE, DATABASE_URL="postgresql://user:hunter2-password@127.0.0.1:1/gate")
     async with latchgate("serve", tmp_path, variables) as process:
         await process.event("waiting_for_database")
-        process.tell(signal.SIGHUP)
+        process.tell(signal.SIGTERM)
         assert 0 == await process.ended()
         await process.event("stopped")
         assert "hunter2" not in process.text

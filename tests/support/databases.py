@@ -133,9 +133,9 @@ async def finding(url: str) -> AsyncIterator[FindMany]:
         link.cut()
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], within_s: float = DEADLINE_S) -> None:
     """Waits for something that can only be looked at."""
-    deadline_s = time.monotonic() + DEADLINE_S
+    deadline_s = time.monotonic() + within_s
     while not await condition():
         if time.monotonic() > deadline_s:
             raise TimeoutError("what was waited for did not come")

@@ -110,8 +110,13 @@ def environment(**variables: Any) -> dict[str, str]:
     return inherited | {f"LATCHGATE_{name}": str(value) for name, value in variables.items()}
 
 
-SERVE: Final[Mapping[str, str]] = {"LISTEN": "127.0.0.1:0", "METRICS_LISTEN": "127.0.0.1:0", "LOG_FORMAT": "json"}
-"""Settings for a service of a test's own: free ports, and lines that a test can read."""
+SERVE: Final[Mapping[str, str]] = {
+    "LISTEN": "127.0.0.1:0",
+    "METRICS_LISTEN": "127.0.0.1:0",
+    "WORKERS": "2",
+    "LOG_FORMAT": "json",
+}
+"""Settings for a service of a test's own: free ports, as many workers on every machine, lines that a test can read."""
 
 
 def postmaster(data_dir: Path) -> int:
@@ -143,7 +148,7 @@ async def latchgate(command: str, folder: Path, variables: Mapping[str, str]) ->
         sys.executable,
         "-m",
         "latchgate",
-        command,
+        *command.split(),
         cwd=folder,
         env=dict(variables),
         stdin=asyncio.subprocess.DEVNULL,

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from apikeys.v1 import key_service_pb2 as pb
+from latchgate.fleet_metrics import FleetMetrics
 from support.service import RunningService, bearer, refusal, run_service
 from support.transport import METHODS, call, call_path, call_raw, calls, fresh_database, good_request, label_of, sample
 
@@ -131,6 +132,10 @@ async def test_alerts_ask_for_what_there_is(shared_service: RunningService) -> N
     labels_of: dict[str, set[str]] = {}
     for name, labels in series(shared_service):
         labels_of.setdefault(name, set()).update(label for label, _ in labels)
+    # What a supervisor has to say of its own.
+    for family in FleetMetrics().of_workers():
+        for each in family.samples:
+            labels_of.setdefault(each.name, set()).update(each.labels)
 
     named = set(re.findall(r"\blatchgate_[a-z_]+", text))
     assert named

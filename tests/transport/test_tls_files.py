@@ -96,12 +96,8 @@ def authority(tmp_path: Path) -> Authority:
 @asynccontextmanager
 async def tls_server(files: TlsFiles) -> AsyncIterator[int]:
     """Runs the real server without a database: TLS and health need none. Gives its port."""
-    server = make_server(
-        pipeline=Pipeline(Metrics(CollectorRegistry()), is_validate_open=True),
-        listen="127.0.0.1:0",
-        credentials=ReloadingCredentials(files).credentials(),
-    )
-    await server.server.start()
+    server = make_server(pipeline=Pipeline(Metrics(CollectorRegistry()), is_validate_open=True))
+    await server.listen("127.0.0.1:0", ReloadingCredentials(files).credentials())
     try:
         yield server.port
     finally:

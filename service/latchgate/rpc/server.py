@@ -54,8 +54,6 @@ OPTIONS: Final[Sequence[tuple[str, int]]] = (
     # Let clients ping as often as grpc-go (10 s) and Envoy (as configured) may, with nothing under way too.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    # Two servers must not share a port by accident.
-    ("grpc.so_reuseport", 0),
 )
 
 
@@ -63,13 +61,24 @@ class ListenError(Exception):
     """The address can not be listened on. The message names it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class RpcServer:
-    """A server with its health servicer."""
+    """A server with its health servicer. `port` is 0 until it listens."""
 
     server: grpc.aio.Server
     health: Health
-    port: int
+    port: int = 0
+
+    async def listen(self, address: str, credentials: grpc.ServerCredentials | None) -> None:
+        """Takes calls on an address, from now on. Raises ListenError."""
+        add = self.server.add_insecure_port
+        try:
+            self.port = self.server.add_secure_port(address, credentials) if credentials else add(address)
+        except RuntimeError:
+            raise ListenError(
+                f"{address} can not be listened on: it is in use, or is no address of this machine"
+            ) from None
+        await self.server.start()
 
     async def set_serving(self, *, is_serving: bool) -> None:
         """Tells health checks whether the service can answer."""
@@ -97,14 +106,12 @@ class _ReflectionPool:
             return pool.FindMethodByName(symbol).containing_service.file
 
 
-def make_server(
-    *,
-    pipeline: Pipeline,
-    listen: str,
-    credentials: grpc.ServerCredentials | None,
-) -> RpcServer:
-    """Makes a server that is ready to be started on `listen`; its health is NOT_SERVING. Raises ListenError."""
-    server = grpc.aio.server(options=OPTIONS)
+def make_server(*, pipeline: Pipeline, shares_port: bool = False) -> RpcServer:
+    """Makes a server that does not listen yet; its health is NOT_SERVING.
+
+    Unless it `shares_port`, no other can have the same one: two must not do so by accident.
+    """
+    server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", int(shares_port))])
     server.add_generic_rpc_handlers((_bind(KEY_SERVICE, KeyService, pipeline),))
     server.add_generic_rpc_handlers((_bind(ORGANIZATION_SERVICE, OrganizationService, pipeline),))
     served = [service.full_name for service in SERVICES]
@@ -112,11 +119,7 @@ def make_server(
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names = [*served, health.SERVICE_NAME, reflection.SERVICE_NAME]
     reflection.enable_server_reflection(names, server, cast("descriptor_pool.DescriptorPool", _ReflectionPool()))
-    try:
-        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
-    except RuntimeError:
-        raise ListenError(f"{listen} can not be listened on: it is in use, or is no address of this machine") from None
-    return RpcServer(server=server, health=health_servicer, port=port)
+    return RpcServer(server=server, health=health_servicer)
 
 
 def _bind(
