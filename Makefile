@@ -85,6 +85,10 @@ bench: $(STAMP) ## Measure Validate against a no-op of the same size; writes doc
 model: $(STAMP) ## Search all that the coherence protocol can do, and that each mistake is found
 	@$(BIN)/python tests/model/run.py
 
+.PHONY: bench-effective
+bench-effective: $(STAMP) ## Measure how long revocations take with 1, 4 and 20 workers; writes docs/effective.md
+	@$(BIN)/python tests/bench/effective.py
+
 .PHONY: lock
 lock: $(STAMP) ## Pin the newest allowed packages, with hashes, for every platform and Python
 	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.11 --no-emit-index-url --no-annotate \

@@ -192,3 +192,12 @@ async def distinct_keys_used(url: str) -> int:
     finally:
         await connection.close()
     return count
+
+
+async def make_room(url: str) -> None:
+    """Lets organizations have as many keys as a benchmark wants to make."""
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute("UPDATE plan SET max_keys = 1000000")
+    finally:
+        await connection.close()

@@ -19,15 +19,15 @@ def write(plan: Plan, layout: Layout, results: Results) -> str:
     """Writes the page."""
     blocks = (
         "# Performance",
-        _paragraph(
+        paragraph(
             "What a validation costs beyond the RPC that carries it, and whether it depends on how many keys there are."
             " This page is written by `make bench`; its figures are those of one run on one machine."
         ),
         "## Results",
         report.as_markdown(report.summary(results)),
         _list(report.findings(results)),
-        _paragraph(f"Medians of {plan.rounds} rounds, with the least and the most in brackets."),
-        *(_paragraph(f"**{each}**") for each in report.warnings(results)),
+        paragraph(f"Medians of {plan.rounds} rounds, with the least and the most in brackets."),
+        *(paragraph(f"**{each}**") for each in report.warnings(results)),
         "## What is compared",
         _list(_method(plan, results)),
         "## Machine",
@@ -37,7 +37,7 @@ def write(plan: Plan, layout: Layout, results: Results) -> str:
         report.as_markdown(report.rounds(results)),
         "## Repeat it",
         "```\nmake bench\n```",
-        _paragraph(
+        paragraph(
             "It needs Linux, two cores and `h2load` (on Debian and Ubuntu: `apt-get install nghttp2-client`), and takes"
             " about seven minutes. With `LATCHGATE_DATABASE_URL` it uses a PostgreSQL server of yours: it makes"
             " databases of its own there, and drops them. `python tests/bench/run.py --help` lists what can be varied."
@@ -110,7 +110,8 @@ def _machine(layout: Layout, results: Results) -> Iterator[str]:
     yield f"Size of the databases by their keys: {sizes}."
 
 
-def _paragraph(text: str) -> str:
+def paragraph(text: str) -> str:
+    """Breaks a paragraph into lines."""
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 

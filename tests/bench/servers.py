@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -27,6 +28,7 @@ METHOD = "/apikeys.v1.KeyService/Validate"
 NEEDED_PERMISSION = "orders:read"
 CLIENT_IP = "203.0.113.7"
 BATCH = 100
+ROOT_TOKEN = "root-token-of-the-benchmark-0123456789abcdef"
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 10.0
 
@@ -153,19 +155,11 @@ async def service(seeded: Seeded, source: Source, core: int, folder: Path) -> As
     One that is to look up every token has room for a single one in its memory.
     """
     port, metrics_port = free_port(), free_port()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LATCHGATE_")} | {
-        "LATCHGATE_DATABASE_URL": seeded.url,
-        "LATCHGATE_LISTEN": f"127.0.0.1:{port}",
-        "LATCHGATE_METRICS_LISTEN": f"127.0.0.1:{metrics_port}",
-        "LATCHGATE_TAG_KEY": TAG_KEY,
-        "LATCHGATE_ROOT_TOKEN": "root-token-of-the-benchmark-0123456789abcdef",
-        "LATCHGATE_DRAIN_SECONDS": "1",
-        "LATCHGATE_WORKERS": "1",
-    }
+    environment = _environment(seeded, port, metrics_port, workers=1)
     if source is Source.DATABASE:
         environment["LATCHGATE_CACHE_KEYS"] = "1"
     log = folder / f"service-{seeded.keys}-{source.value}.log"
-    async with _process(["-m", "latchgate", "serve"], core=core, environment=environment, log=log) as process:
+    async with _process(["-m", "latchgate", "serve"], cores=[core], environment=environment, log=log) as process:
         answer = await _first_answer(process, port, next(iter(seeded.sample)), log)
         yield Service(
             name=f"{source.value}, {seeded.keys:,} {'key' if seeded.keys == 1 else 'keys'}",
@@ -195,11 +189,39 @@ async def noop(
     # What the service chooses for grpc has come into the environment with its package; empty, nothing is chosen.
     environment = os.environ | ({"GRPC_EXPERIMENTS": ""} if is_plain else {})
     arguments = [str(script), str(port), str(file), kind]
-    async with _process(arguments, core=core, environment=environment, log=log) as process:
+    async with _process(arguments, cores=[core], environment=environment, log=log) as process:
         given = await _first_answer(process, port, "", log)
         if given != answer:
             raise BenchError("the no-op answers with something else than it was told")
         yield Target(name=PLAIN if is_plain else "no-op", pid=process.pid, port=port, answer=given)
+
+
+@asynccontextmanager
+async def fleet(seeded: Seeded, workers: int, cores: Sequence[int], folder: Path) -> AsyncIterator[str]:
+    """Runs `latchgate serve` with so many workers on these cores, until the block ends; gives its address."""
+    port = free_port()
+    environment, log = _environment(seeded, port, free_port(), workers=workers), folder / f"fleet-{workers}.log"
+    async with _process(["-m", "latchgate", "serve"], cores=cores, environment=environment, log=log) as process:
+        await _first_answer(process, port, next(iter(seeded.sample)), log)
+        deadline_s = time.monotonic() + START_DEADLINE_S + workers
+        while b"serving" not in log.read_bytes():
+            if time.monotonic() > deadline_s:
+                raise BenchError(f"{workers} workers do not start: {_last_line(log)}")
+            await asyncio.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+
+
+def _environment(seeded: Seeded, port: int, metrics_port: int, *, workers: int) -> dict[str, str]:
+    """Gives what a service needs beside its defaults."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("LATCHGATE_")} | {
+        "LATCHGATE_DATABASE_URL": seeded.url,
+        "LATCHGATE_LISTEN": f"127.0.0.1:{port}",
+        "LATCHGATE_METRICS_LISTEN": f"127.0.0.1:{metrics_port}",
+        "LATCHGATE_TAG_KEY": TAG_KEY,
+        "LATCHGATE_ROOT_TOKEN": ROOT_TOKEN,
+        "LATCHGATE_DRAIN_SECONDS": "1",
+        "LATCHGATE_WORKERS": str(workers),
+    }
 
 
 def _child(pid: int) -> int:
@@ -208,10 +230,10 @@ def _child(pid: int) -> int:
 
 @asynccontextmanager
 async def _process(
-    arguments: list[str], *, core: int, environment: Mapping[str, str], log: Path
+    arguments: list[str], *, cores: Sequence[int], environment: Mapping[str, str], log: Path
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Runs Python on one core, in a session of its own, so that a Ctrl-C is ours to pass on."""
-    with log.open("wb") as output, pinned([core]):
+    """Runs Python on some cores, in a session of its own, so that a Ctrl-C is ours to pass on."""
+    with log.open("wb") as output, pinned(cores):
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *arguments,
