@@ -60,7 +60,7 @@ def main() -> None:
 def _work(arguments: argparse.Namespace) -> Coroutine[Any, Any, int | None]:
     command = arguments.command
     if command == "worker":
-        from latchgate import worker
+        from latchgate.workers import worker
 
         return worker.work(worker.supervisors_end(), arguments.number, arguments.role)
     if command == "health":

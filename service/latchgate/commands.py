@@ -18,12 +18,12 @@ from latchgate import config
 from latchgate.config import CommandError, LogFormat, Settings
 from latchgate.database import database_address, end_embedded
 from latchgate.domain.errors import UnavailableError
-from latchgate.fleet_metrics import FleetMetrics
 from latchgate.listening import PortError, hold_port, serve_metrics
 from latchgate.observability import configure_logging
 from latchgate.signals import Signals
 from latchgate.storage.embedded import EmbeddedDatabaseError
-from latchgate.workers import Supervisor
+from latchgate.workers.metrics import FleetMetrics
+from latchgate.workers.supervisor import Supervisor
 
 _log = structlog.get_logger("latchgate")
 

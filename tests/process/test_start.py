@@ -9,13 +9,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from latchgate import worker
 from latchgate.app import Running, serving
-from latchgate.channel import Channel, Message
 from latchgate.config import Settings, as_variables
 from latchgate.listening import Role
 from latchgate.rpc.server import ListenError
 from latchgate.storage.bootstrap import BootstrapError
+from latchgate.workers import worker
+from latchgate.workers.channel import Channel, Message
 from support.databases import connected, until
 from support.service import TAG_KEY, make_settings
 

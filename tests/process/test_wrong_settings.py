@@ -228,7 +228,7 @@ def test_missing_package(failing: Failing, monkeypatch: pytest.MonkeyPatch) -> N
     """An installation that lacks a package is told by the package's name."""
     monkeypatch.delitem(sys.modules, "latchgate.commands")
     monkeypatch.delattr("latchgate.commands")
-    monkeypatch.setitem(sys.modules, "latchgate.workers", None)
+    monkeypatch.setitem(sys.modules, "latchgate.workers.supervisor", None)
     status, complaint = failing()
-    assert_one_line(complaint, "installation", "latchgate.workers")
+    assert_one_line(complaint, "installation", "latchgate.workers.supervisor")
     assert 1 == status

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from apikeys.v1 import key_service_pb2 as pb
-from latchgate.fleet_metrics import FleetMetrics
+from latchgate.workers.metrics import FleetMetrics
 from support.service import RunningService, bearer, refusal, run_service
 from support.transport import METHODS, call, call_path, call_raw, calls, fresh_database, good_request, label_of, sample
 

@@ -6,7 +6,7 @@ import json
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from latchgate.merging import Family, Totals, as_message, from_message, read_registry
+from latchgate.workers.merging import Family, Totals, as_message, from_message, read_registry
 
 Shown = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 

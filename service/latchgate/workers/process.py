@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from latchgate.channel import Channel, Found, Message
 from latchgate.listening import Role
-from latchgate.merging import Family, from_message
+from latchgate.workers.channel import Channel, Found, Message
+from latchgate.workers.merging import Family, from_message
 
 METRICS_TIMEOUT_S: Final = 1.0
 

@@ -13,8 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from latchgate.merging import Totals, read_registry
-from latchgate.worker_process import WorkerProcess
+from latchgate.workers.merging import Totals, read_registry
+from latchgate.workers.process import WorkerProcess
 
 SUPERVISOR: Final = "supervisor"
 """What stands for the supervisor in the label `worker`."""

@@ -12,12 +12,12 @@ from typing import Any, Final, NoReturn
 import structlog
 
 from latchgate.background import fault
-from latchgate.channel import Found
 from latchgate.config import CommandError
-from latchgate.fleet_metrics import FleetMetrics
 from latchgate.listening import Role
-from latchgate.worker import LAST_S
-from latchgate.worker_process import Ending, WorkerEndedError, WorkerProcess
+from latchgate.workers.channel import Found
+from latchgate.workers.metrics import FleetMetrics
+from latchgate.workers.process import Ending, WorkerEndedError, WorkerProcess
+from latchgate.workers.worker import LAST_S
 
 MAX_DEATHS: Final = 5
 DEATHS_WINDOW_S: Final = 60.0

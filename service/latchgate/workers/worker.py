@@ -20,17 +20,17 @@ import structlog
 
 from latchgate import config
 from latchgate.background import fault, where
-from latchgate.channel import Channel, Found
 from latchgate.config import CommandError, LogFormat, Settings
 from latchgate.listening import Role
-from latchgate.merging import as_message, read_registry
 from latchgate.observability import configure_logging
 from latchgate.signals import unless_stopped
+from latchgate.workers.channel import Channel, Found
+from latchgate.workers.merging import as_message, read_registry
 
 if TYPE_CHECKING:
     from latchgate.app import Ready, Running
 
-_log = structlog.get_logger("latchgate.worker")
+_log = structlog.get_logger("latchgate.workers.worker")
 
 LAST_S: Final = 10.0
 """How long a worker may take to stop beyond the time that calls have to finish."""
