@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from enum import Enum
 from typing import Any, Generic, TypeVar
 from urllib.parse import parse_qs, urlsplit
+from uuid import UUID, uuid4
 
 import asyncpg
 
@@ -17,6 +18,7 @@ from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import ROOT_ORGANIZATION_ID, Caller, Effect, Key, KeyDraft, KeyIdentity, NewKey
 from latchgate.domain.permissions import Grants
 from latchgate.domain.token import TokenFormat
+from latchgate.storage import queries
 from latchgate.storage.link import Link
 from latchgate.storage.lookups import FindMany, find_many, lookup_link
 from latchgate.storage.postgres import Connection, Database
@@ -131,6 +133,28 @@ async def finding(url: str) -> AsyncIterator[FindMany]:
         yield find_many(link, show)
     finally:
         link.cut()
+
+
+async def log_change(connection: Connection, entity: str = "key", entity_id: str = "key_other") -> int:
+    """Enters a change into the log as the service does, and gives its revision."""
+    async with connection.transaction():
+        await connection.execute(queries.CHANGE_LOCK_TAKE, queries.CHANGE_LOCK)
+        revision: int = await connection.fetchval(queries.CHANGE_INSERT, entity, entity_id)
+    return revision
+
+
+async def insert_worker(connection: Connection, *, lease_s: float = 10.0, applied: int = 0) -> UUID:
+    """Registers a worker that does nothing by itself, and gives its incarnation."""
+    incarnation = uuid4()
+    await connection.execute(queries.WORKER_INSERT, incarnation, lease_s)
+    await connection.execute(queries.WORKER_ACKNOWLEDGE, incarnation, applied)
+    return incarnation
+
+
+async def workers(connection: Connection) -> dict[UUID, int]:
+    """The workers that are registered, and what each has applied."""
+    rows = await connection.fetch(queries.WORKER_LIST)
+    return {row["incarnation"]: row["applied_revision"] for row in rows}
 
 
 async def until(condition: Callable[[], Awaitable[bool]], within_s: float = DEADLINE_S) -> None:
@@ -295,7 +319,7 @@ class FaultProxy:
         if self._server is not None:
             self._server.close()
         self._flowing.set()
-        self.cut()
+        self.refuse()
         for pipe in tuple(self._pipes):
             pipe.cancel()
         await asyncio.gather(*self._pipes, return_exceptions=True)
@@ -339,7 +363,11 @@ class FaultProxy:
         if task is not None:
             self._pipes.add(task)
             task.add_done_callback(self._pipes.discard)
-        server_reader, server_writer = await self._connect()
+        try:
+            server_reader, server_writer = await self._connect()
+        except BaseException:
+            writer.transport.abort()
+            raise
         self._writers |= {writer, server_writer}
         lost_answer = asyncio.Event()
         try:

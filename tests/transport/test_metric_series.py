@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from apikeys.v1 import key_service_pb2 as pb
+from latchgate.domain.coherence import Reading
 from latchgate.workers.metrics import FleetMetrics
 from support.service import RunningService, bearer, refusal, run_service
 from support.transport import METHODS, call, call_path, call_raw, calls, fresh_database, good_request, label_of, sample
@@ -110,7 +111,8 @@ async def test_series_can_not_be_made_by_callers(shared_service: RunningService)
         "method": {label_of(method) for method in METHODS},
         "code": re.compile(r"[A-Z_]+"),
         "outcome": set(pb.Outcome.keys()),
-        "result": {"answered", "error"},
+        "result": {"answered", "error", *(each.value for each in Reading)},
+        "link": {"log", "listen"},
         "state": {"busy", "idle"},
         "le": re.compile(r"[0-9.+Inf]+"),
         "work": re.compile(r"[a-z_]+"),
@@ -179,6 +181,13 @@ async def test_scrape_over_http(postgres_url: str, template_url: str) -> None:
         "latchgate_database_up": "gauge",
         "latchgate_last_used_pending": "gauge",
         "latchgate_foreign_lookups_refused": "counter",
+        "latchgate_memory_hits": "counter",
+        "latchgate_memory_keys": "gauge",
+        "latchgate_memory_evictions": "counter",
+        "latchgate_lease_left_seconds": "gauge",
+        "latchgate_applied_revision": "gauge",
+        "latchgate_log_readings": "counter",
+        "latchgate_changes_applied": "counter",
         "process_resident_memory_bytes": "gauge",
         "process_open_fds": "gauge",
     }
