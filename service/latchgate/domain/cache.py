@@ -143,6 +143,8 @@ class KeyCache:
             entry.is_used = False
             self._hand += 1
         self._remove(self._at_hand())
+        # On beyond the one that comes in its place: a new one is the last to go, not the next.
+        self._hand += 1
         self.evicted += 1
         return self._free.pop()
 
