@@ -323,6 +323,9 @@ class FaultProxy:
         for pipe in tuple(self._pipes):
             pipe.cancel()
         await asyncio.gather(*self._pipes, return_exceptions=True)
+        # For the transports that were given up to be closed, and those that came a moment ago to be refused.
+        for _ in range(3):
+            await asyncio.sleep(0)
 
     def cut(self) -> None:
         """Cuts all connections."""
@@ -355,14 +358,15 @@ class FaultProxy:
         """Takes `strike` back."""
         self._countdown, self._fault = 0, None
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._is_refusing:
             writer.transport.abort()
             return
-        task = asyncio.current_task()
-        if task is not None:
-            self._pipes.add(task)
-            task.add_done_callback(self._pipes.discard)
+        pipe = asyncio.create_task(self._carry(reader, writer))
+        self._pipes.add(pipe)
+        pipe.add_done_callback(self._pipes.discard)
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             server_reader, server_writer = await self._connect()
         except BaseException:
