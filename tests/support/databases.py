@@ -436,3 +436,10 @@ async def fault_proxy(url: str) -> AsyncIterator[FaultProxy]:
         yield proxy
     finally:
         await proxy.stop()
+        await until(_no_request_is_cancelled)
+
+
+async def _no_request_is_cancelled() -> bool:
+    """Says whether the driver has no connection open any more by which it asks the server to give a statement up."""
+    running = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
+    return "Connection._cancel" not in running
