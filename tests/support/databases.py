@@ -362,6 +362,8 @@ class FaultProxy:
         if self._is_refusing:
             writer.transport.abort()
             return
+        # From the first moment: a pipe that is cancelled before it begins cuts nothing.
+        self._writers.add(writer)
         pipe = asyncio.create_task(self._carry(reader, writer))
         self._pipes.add(pipe)
         pipe.add_done_callback(self._pipes.discard)

@@ -82,8 +82,10 @@ class KeyCache:
         known = self._entries.get(digest)
         if known is not None:
             self._remove(known)
+        # Before the organization is looked for: whoever makes place may be the last that it is known by.
+        slot = self._slot()
         entry = _Entry(digest, record, self._organization(record), until_s)
-        entry.slot = self._slot()
+        entry.slot = slot
         self._ring[entry.slot] = entry
         entry.organization.entries += 1
         entry.sibling = self._by_key.get(record.key_id)

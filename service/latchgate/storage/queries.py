@@ -268,15 +268,23 @@ ORDER BY c.revision
 # Reads the log.
 LOG_READ = _LOG.format(renewal="", member="EXISTS (SELECT 1 FROM worker WHERE incarnation = $1)")
 
-# Reads the log and renews the worker's row in one statement; the row tells how far this very reading went. A crash of
-# the server may take a renewal back: it is then as if the worker had been silent, and no lease is longer for it.
+# Has the transaction on disk before it is answered, whatever the server's own setting.
+_SAFELY = """
+(
+    SELECT set_config('synchronous_commit', CASE WHEN current IN ('off', 'local') THEN 'on' ELSE current END, true)
+    FROM current_setting('synchronous_commit') AS current
+) AS safely
+"""
+
+# Reads the log and renews the worker's row in one statement; the row tells how far this very reading went. Safe on disk
+# once it is answered: of a renewal that a crash took back nobody would know that it gave a lease, and its worker would
+# be taken off while it has one. After a failover that lost changes a worker has not applied more than there is.
 LOG_READ_RENEWING = _LOG.format(
-    renewal="""
+    renewal=f"""
 WITH renewed AS (
     UPDATE worker
-    SET renewals = renewals + 1, applied_revision = $2,
-        seen_revision = coalesce((SELECT max(revision) FROM change_log), 0)
-    FROM (SELECT set_config('synchronous_commit', 'off', true)) AS hurry
+    SET renewals = renewals + 1, seen_revision = seen.head, applied_revision = least($2, seen.head)
+    FROM {_SAFELY}, (SELECT coalesce((SELECT max(revision) FROM change_log), 0) AS head) AS seen
     WHERE incarnation = $1
     RETURNING 1
 )
@@ -284,18 +292,10 @@ WITH renewed AS (
     member="EXISTS (SELECT 1 FROM renewed)",
 )
 
-# Registers a worker. Safe on disk once it is answered, whatever the server's own setting: nobody waits for a worker
-# that a crash has made unknown.
-WORKER_INSERT = """
-INSERT INTO worker (incarnation, lease_s)
-SELECT $1, $2
-FROM (
-    SELECT set_config('synchronous_commit', CASE WHEN current IN ('off', 'local') THEN 'on' ELSE current END, true)
-    FROM current_setting('synchronous_commit') AS current
-) AS safely
-"""
+# Registers a worker. Safe on disk once it is answered: nobody waits for a worker that a crash has made unknown.
+WORKER_INSERT = f"INSERT INTO worker (incarnation, lease_s) SELECT $1, $2 FROM {_SAFELY}"
 
-# Tells what a worker has applied. May be lost in a crash, as a renewal may.
+# Tells what a worker has applied. May be lost in a crash: changes then wait for what it has applied already.
 WORKER_ACKNOWLEDGE = """
 UPDATE worker SET applied_revision = $2
 FROM (SELECT set_config('synchronous_commit', 'off', true)) AS hurry
@@ -307,7 +307,12 @@ WORKER_LIST = "SELECT incarnation, applied_revision, seen_revision, renewals, le
 
 # Takes a worker off that has not renewed its row since the change $2, for which it was waited long enough. One that
 # has, be it a moment ago and unheard of, has a lease that begins after the change: the next change must wait for it.
-WORKER_EVICT = "DELETE FROM worker WHERE incarnation = $1 AND seen_revision < $2 RETURNING true"
+# Nobody is taken off for a change that the database has lost since.
+WORKER_EVICT = """
+DELETE FROM worker
+WHERE incarnation = $1 AND seen_revision < $2 AND $2 <= (SELECT coalesce(max(revision), 0) FROM change_log)
+RETURNING true
+"""
 
 # Takes a worker off that has not renewed its row since it was seen with $2 renewals, long enough ago.
 WORKER_EVICT_SILENT = "DELETE FROM worker WHERE incarnation = $1 AND renewals = $2 RETURNING true"
