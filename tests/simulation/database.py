@@ -211,14 +211,14 @@ class Database:
             self._commit(_drop(args[0]), is_safe=True)
             return [{"bool": True}]
         elif query == queries.WORKER_ACKNOWLEDGE and row is not None:
-            self._commit(_set(args[0], replace(row, applied_revision=args[1])), is_safe=False)
+            self._commit(_set(args[0], replace(row, applied_revision=args[1])), is_safe=_is_safe(query))
         elif query == queries.LOG_READ_RENEWING:
             if row is None or not rows[0]["is_member"]:
                 return [each | {"is_member": False} for each in rows]
             row = replace(
                 row, applied_revision=args[1], seen_revision=rows[0]["head"], renewals=row.renewals + 1
             )
-            self._commit(_set(args[0], row), is_safe=False)
+            self._commit(_set(args[0], row), is_safe=_is_safe(query))
         return rows
 
     def _commit(self, write: Callable[[State], None], *, is_safe: bool) -> None:
@@ -292,6 +292,11 @@ class Database:
 
 def _id(entity: Entity, index: int) -> str:
     return f"{entity.value}-{index}"
+
+
+def _is_safe(query: str) -> bool:
+    """Says whether a statement is on disk when it is answered."""
+    return "'synchronous_commit', 'off'" not in query
 
 
 def _set(incarnation: UUID, row: WorkerRow) -> Callable[[State], None]:

@@ -54,14 +54,15 @@ class World:
     def run(self, until_s: float) -> None:
         """Lets everything happen up to a time. Called by a loop that stands still, it runs all others."""
         while not self.failure:
-            ready = [loop for loop in self.loops if loop.next_s() <= self.now_s]
+            next_times_s = [loop.next_s() for loop in self.loops]
+            ready = [loop for loop, next_s in zip(self.loops, next_times_s, strict=True) if next_s <= self.now_s]
             if ready:
-                self.random.choice(ready).step()
+                (self.random.choice(ready) if len(ready) > 1 else ready[0]).step()
                 continue
-            next_s = min((loop.next_s() for loop in self.loops), default=float("inf"))
+            next_s = min(next_times_s)
             if self._events:
                 next_s = min(next_s, self._events[0][0])
-            if next_s == float("inf"):
+            if next_s == float("inf") and not any(loop.is_stopped for loop in self.loops):
                 self.fail("nothing is left that could ever happen")
                 return
             self.now_s = max(self.now_s, min(next_s, until_s))
@@ -88,7 +89,7 @@ class WorkerLoop(asyncio.AbstractEventLoop):
         # Until when it stands still; for ever once its worker is gone.
         self._still_until_s = 0.0
         # Whether it stands still in the midst of a step.
-        self._is_stopped = False
+        self.is_stopped = False
         world.loops.append(self)
 
     def time(self) -> float:
@@ -97,7 +98,7 @@ class WorkerLoop(asyncio.AbstractEventLoop):
 
     def next_s(self) -> float:
         """When, in true time, there is next something to do."""
-        if self._is_stopped:
+        if self.is_stopped:
             return float("inf")
         if self._ready or self._inbox:
             return self._still_until_s
@@ -120,21 +121,19 @@ class WorkerLoop(asyncio.AbstractEventLoop):
             due = due + came if self._world.chance(0.5) else came + due
         handles, self._ready = self._ready + due, []
         asyncio._set_running_loop(self)
-        try:
-            for handle in handles:
-                if not handle.cancelled():
-                    handle._run()
-        finally:
-            asyncio._set_running_loop(None)
+        for handle in handles:
+            if not handle.cancelled():
+                handle._run()
+        asyncio._set_running_loop(None)
 
     def stand_still(self, seconds: float) -> None:
         """Stops in the midst of whatever runs now, as a system may do with a process; the others go on."""
         task = asyncio.current_task(self)
         if task is not None:
             _leave_task(self, task)
-        self._is_stopped = True
+        self.is_stopped = True
         self._world.run(self._world.now_s + seconds)
-        self._is_stopped = False
+        self.is_stopped = False
         if task is not None:
             _enter_task(self, task)
         asyncio._set_running_loop(self)
