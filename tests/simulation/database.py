@@ -119,9 +119,10 @@ class State:
 class Database:
     """A server, and what becomes of it."""
 
-    def __init__(self, time_s: Callable[[], float]) -> None:
-        """Takes true time."""
+    def __init__(self, time_s: Callable[[], float], draw: Callable[[], int]) -> None:
+        """Takes true time, and what draws a large number."""
         self._time_s = time_s
+        self._draw = draw
         self._wal: list[Callable[[State], None]] = []
         self._durable = 0
         self.state = State()
@@ -203,10 +204,7 @@ class Database:
         elif query == queries.WORKER_DELETE:
             self._commit(_drop(args[0]), is_safe=True)
         elif query in {queries.WORKER_EVICT, queries.WORKER_EVICT_SILENT}:
-            is_back = row and (
-                row.seen_revision >= args[1] if query == queries.WORKER_EVICT else row.renewals != args[1]
-            )
-            if row is None or is_back:
+            if row is None or self.has_come_back(query, row, args[1]):
                 return []
             self._commit(_drop(args[0]), is_safe=True)
             return [{"bool": True}]
@@ -215,11 +213,19 @@ class Database:
         elif query == queries.LOG_READ_RENEWING:
             if row is None or not rows[0]["is_member"]:
                 return [each | {"is_member": False} for each in rows]
+            head = rows[0]["head"]
             row = replace(
-                row, applied_revision=args[1], seen_revision=rows[0]["head"], renewals=row.renewals + 1
+                row,
+                applied_revision=min(args[1], head) if "least($2" in query else args[1],
+                seen_revision=head,
+                renewals=row.renewals + (self._draw() if "random()" in query else 1),
             )
             self._commit(_set(args[0], row), is_safe=_is_safe(query))
         return rows
+
+    def has_come_back(self, query: str, row: WorkerRow, compared: int) -> bool:
+        """Says whether a worker is not to be taken off, because it has renewed its row since."""
+        return row.seen_revision >= compared if query == queries.WORKER_EVICT else row.renewals != compared
 
     def _commit(self, write: Callable[[State], None], *, is_safe: bool) -> None:
         self._wal.append(write)

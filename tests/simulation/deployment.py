@@ -173,12 +173,13 @@ class Simulation:
         """Draws what the deployment is like."""
         self.world = World(seed)
         random = self.world.random
-        self.database = Database(lambda: self.world.now_s)
-        self.database.expire_s = self.database.wall_s() + random.uniform(1, CALM_S)
+        self.database = Database(lambda: self.world.now_s, lambda: random.randint(1, 1_000_000))
+        self._expire_s = random.uniform(1, CALM_S)
+        self.database.expire_s = self.database.wall_s() + self._expire_s
         self.tokens = FORMAT
         # Whether the standby, should it take over, has all that was committed and answered.
         self.is_standby_safe = random.random() < 0.75
-        self._late = random.choice((0.0, 0.01, 0.05))
+        self._late = random.choice((0.0, 0.02, 0.1))
         self._lost = random.choice((0.0, 0.002, 0.01))
         self._stops = random.choice((0.0, 0.0, 0.002))
         self.workers: dict[str, Worker] = {}
@@ -203,6 +204,8 @@ class Simulation:
             for _ in range(random.randint(0, 8)):
                 world.at(random.uniform(0.5, CALM_S), self._befall)
             world.at(0.1, self._probe)
+            for _ in range(4):
+                world.at(self._expire_s + random.uniform(0, 0.1), self._ask_all, EXPIRING_KEY)
             world.run(CALM_S)
             self._calm()
             calm_s = world.now_s
@@ -240,6 +243,13 @@ class Simulation:
             self.validate(worker, self.world.random.choice(TOKENS))
         if self.world.now_s < CALM_S:
             self.world.at(self.world.now_s + self.world.random.uniform(0, 2 * PROBE_S), self._probe)
+
+    def _ask_all(self, key: int | None) -> None:
+        """Asks every worker for a key, or for all, at the same time."""
+        for worker in self._living():
+            for token, each in TOKEN_KEYS.items():
+                if key in {None, each}:
+                    self.validate(worker, token)
 
     def validate(self, worker: Worker, token: str, *, min_revision: int = 0, is_final: bool = False) -> None:
         """Has a client ask a worker now; the worker hears of it when it can."""
@@ -345,6 +355,8 @@ class Simulation:
         self._open.add(call)
         try:
             async with link.connection() as connection:
+                # What else the transaction does, and the locks that it waits for.
+                await asyncio.sleep(world.random.choice((0.0, 0.0, world.random.uniform(0, 0.3))))
                 revision = await connection.fetchval(CHANGE, change)
         except UnavailableError:
             world.note(worker.name, "change not answered", change.number)
@@ -376,10 +388,7 @@ class Simulation:
             return
         self.world.note("effective", revision)
         self.effective = max(self.effective, revision)
-        for worker in self._living():
-            for token, key in TOKEN_KEYS.items():
-                if change.entity is not Entity.KEY or key == change.index:
-                    self.validate(worker, token)
+        self._ask_all(change.index if change.entity is Entity.KEY else None)
 
     # What befalls them.
 
@@ -437,6 +446,10 @@ class Simulation:
         else:
             worker.loop.end()
         self._join()
+        # Changes that it may be told of, or not, while it joins.
+        for _ in range(2):
+            self.world.at(self.world.now_s + self.world.random.uniform(0, 0.02), self._manage, self._draw_change())
+            self.world.at(self.world.now_s + self.world.random.uniform(0, 0.02), self._ask_all, None)
 
     def _calm(self) -> None:
         self._late = self._lost = self._stops = 0.0

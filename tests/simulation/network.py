@@ -39,12 +39,15 @@ class Path:
         if self.world.chance(self.lost) or (frozen_s > 0 and self.world.chance(0.5)):
             return float("inf")
         delay_s = random.uniform(0.0001, 0.002) + max(frozen_s, 0.0)
-        return delay_s + random.uniform(0, MOST_DELAY_S) if self.world.chance(self.late) else delay_s
+        if self.world.chance(self.late):
+            # Most often by a little: so that what comes later overtakes it, and nobody gives up.
+            delay_s += random.uniform(0, random.choice((0.05, 0.05, MOST_DELAY_S)))
+        return delay_s
 
     def work_s(self) -> float:
         """Draws how long the server is at one step of a statement."""
         if self.world.chance(self.late / 2):
-            return self.world.random.uniform(0, 0.3)
+            return self.world.random.uniform(0, 0.1)
         return self.world.random.uniform(0.00005, 0.0005)
 
 
@@ -56,10 +59,10 @@ class Connection:
 
     def __init__(self, path: Path, loop: WorkerLoop, timeout_s: float) -> None:
         """Takes its way, who listens at this end, and how long a statement may take."""
-        self._path = path
-        self._loop = loop
+        self.path = path
+        self.loop = loop
         self._timeout_s = timeout_s
-        self._database = path.database
+        self.database = path.database
         self._start = 0
         self._is_open = False
         self._is_mute = False
@@ -80,8 +83,8 @@ class Connection:
     def terminate(self) -> None:
         """Ends the connection at this end. What was sent may be done all the same."""
         self._is_open = False
-        if self in self._path.connections:
-            self._path.connections.remove(self)
+        if self in self.path.connections:
+            self.path.connections.remove(self)
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(asyncpg.ConnectionDoesNotExistError("the connection was lost"))
 
@@ -106,41 +109,41 @@ class Connection:
     async def _ask(self, query: str, args: tuple[Any, ...]) -> list[dict[str, Any]]:
         if not self._is_open:
             raise asyncpg.InterfaceError("the connection is closed")
-        self._answer = self._loop.create_future()
+        self._answer = self.loop.create_future()
         self._send(UP, self._arrive, query, args, self._answer)
         async with asyncio.timeout(self._timeout_s):
             return await self._answer
 
     def _send(self, direction: str, arrive: Callable[..., None], *args: object) -> None:
-        delay_s = float("inf") if self._is_mute else self._path.delay_s(direction)
+        delay_s = float("inf") if self._is_mute else self.path.delay_s(direction)
         if delay_s == float("inf"):
             self._is_mute = True
         else:
-            self._path.world.at(self._path.world.now_s + delay_s, arrive, *args)
+            self.path.world.at(self.path.world.now_s + delay_s, arrive, *args)
 
     def _later(self, step: Callable[..., None], *args: object) -> None:
-        self._path.world.at(self._path.world.now_s + self._path.work_s(), step, *args)
+        self.path.world.at(self.path.world.now_s + self.path.work_s(), step, *args)
 
     def _is_served(self) -> bool:
         """Says whether the server still knows the connection; one that does not ends it, if that is heard."""
-        if self._database.is_up and self._start == self._database.starts:
+        if self.database.is_up and self._start == self.database.starts:
             return True
-        self._send(DOWN, lambda: self._loop.deliver(self.terminate))
+        self._send(DOWN, lambda: self.loop.deliver(self.terminate))
         return False
 
     def _arrive(self, query: str, args: tuple[Any, ...], answer: asyncio.Future[list[dict[str, Any]]]) -> None:
         if self._start < 0:
-            self._start = self._database.starts
+            self._start = self.database.starts
         if self._is_served():
             # A statement's time is taken before its snapshot.
-            self._later(self._read, query, args, answer, self._database.wall_s())
+            self._later(self._read, query, args, answer, self.database.wall_s())
 
     def _read(
         self, query: str, args: tuple[Any, ...], answer: asyncio.Future[list[dict[str, Any]]], now_s: float
     ) -> None:
         if self._is_served():
-            rows = self._database.read(query, args, now_s)
-            self._later(self._write, query, args, answer, rows, self._path.world.now_s)
+            rows = self.database.read(query, args, now_s)
+            self._later(self._write, query, args, answer, rows, self.path.world.now_s)
 
     def _write(
         self,
@@ -152,17 +155,17 @@ class Connection:
     ) -> None:
         if not self._is_served():
             return
-        rows = self._database.write(query, args, rows)
+        rows = self.database.write(query, args, rows)
         if query == "LISTEN":
             callback = args[0]
-            self._database.listeners.append(lambda: self._notify(callback))
+            self.database.listeners.append(lambda: self._notify(callback))
         if query == queries.LOG_READ_RENEWING and rows[0]["is_member"]:
-            self._path.renewed_s = read_s
-        self._send(DOWN, lambda: self._loop.deliver(self._hear, answer, rows))
+            self.path.renewed_s = read_s
+        self._send(DOWN, lambda: self.loop.deliver(self._hear, answer, rows))
 
     def _notify(self, callback: Callable[..., object]) -> None:
         if self._is_open:
-            self._send(DOWN, lambda: self._loop.deliver(self._tell, callback))
+            self._send(DOWN, lambda: self.loop.deliver(self._tell, callback))
 
     def _tell(self, callback: Callable[..., object]) -> None:
         if self._is_open:
@@ -171,5 +174,5 @@ class Connection:
     def _hear(self, answer: asyncio.Future[list[dict[str, Any]]], rows: list[dict[str, Any]]) -> None:
         if self._is_open and not answer.done():
             if rows and "timeline" in rows[0]:
-                self._path.heard_timeline = rows[0]["timeline"]
+                self.path.heard_timeline = rows[0]["timeline"]
             answer.set_result(rows)
