@@ -123,7 +123,7 @@ class Database:
         """Takes true time, and what draws a large number."""
         self._time_s = time_s
         self._draw = draw
-        self._wal: list[Callable[[State], None]] = []
+        self._wal: list[Callable[[State], object]] = []
         self._durable = 0
         self.state = State()
         self.is_up = True
@@ -165,7 +165,7 @@ class Database:
         """Tells how many writes are not safe on disk."""
         return len(self._wal) - self._durable
 
-    def _come_up(self, wal: list[Callable[[State], None]]) -> None:
+    def _come_up(self, wal: list[Callable[[State], object]]) -> None:
         self._wal, self._durable = wal, len(wal)
         self.state = State()
         for write in wal:
@@ -227,7 +227,7 @@ class Database:
         """Says whether a worker is not to be taken off, because it has renewed its row since."""
         return row.seen_revision >= compared if query == queries.WORKER_EVICT else row.renewals != compared
 
-    def _commit(self, write: Callable[[State], None], *, is_safe: bool) -> None:
+    def _commit(self, write: Callable[[State], object], *, is_safe: bool) -> None:
         self._wal.append(write)
         write(self.state)
         if is_safe:
@@ -264,9 +264,7 @@ class Database:
 
     def _find(self, digests: Sequence[bytes], now_s: float) -> list[dict[str, Any]]:
         head = {"now_s": now_s, "revision": self.head}
-        found = [
-            head | self._record(each, _BY_DIGEST[each]) for each in digests if each in _BY_DIGEST
-        ]
+        found = [head | self._record(each, _BY_DIGEST[each]) for each in digests if each in _BY_DIGEST]
         return found or [head | {"digest": None}]
 
     def _record(self, token_digest: bytes, key: int) -> dict[str, Any]:
@@ -305,9 +303,9 @@ def _is_safe(query: str) -> bool:
     return "'synchronous_commit', 'off'" not in query
 
 
-def _set(incarnation: UUID, row: WorkerRow) -> Callable[[State], None]:
+def _set(incarnation: UUID, row: WorkerRow) -> Callable[[State], object]:
     return lambda state: state.workers.update({incarnation: row})
 
 
-def _drop(incarnation: UUID) -> Callable[[State], None]:
-    return lambda state: state.workers.pop(incarnation, None) and None
+def _drop(incarnation: UUID) -> Callable[[State], object]:
+    return lambda state: state.workers.pop(incarnation, None)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 from unittest import mock
 from uuid import UUID
@@ -24,7 +23,7 @@ from latchgate.storage.link import Link
 from latchgate.storage.lookups import BatchingKeyReader, find_many, lookup_link
 from simulation.database import CHANGE, EXPIRING_KEY, FORMAT, TOKEN_KEYS, UNKNOWN_TOKENS, Change, Database
 from simulation.network import DOWN, MOST_DELAY_S, UP, Connection, Path
-from simulation.world import World, WorkerLoop
+from simulation.world import WorkerLoop, World
 
 LINK_TIMEOUT_S: Final = 0.5
 # Faults come until this time; then all is well, and all must come to its end.
@@ -223,8 +222,14 @@ class Simulation:
                 loop.close()
         return world.failure
 
+    def story(self) -> str:
+        """Tells what happened."""
+        return "\n".join(" ".join(map(str, (f"{at_s:10.6f}", *what))) for at_s, what in self.world.trace)
+
     def _unfinished(self) -> list[str]:
-        return sorted(f"{what} {number} at {worker.name}" for what, worker, number in self._open if not worker.is_leaving)
+        return sorted(
+            f"{what} {number} at {worker.name}" for what, worker, number in self._open if not worker.is_leaving
+        )
 
     def _living(self) -> list[Worker]:
         return [worker for worker in self.workers.values() if not worker.is_leaving]
@@ -304,10 +309,11 @@ class Simulation:
         seen = verdict.outcome, verdict.record.shown.decode() if verdict.record else ""
         least = max(question.required, verdict.revision)
         if seen not in [views[key] for views in database.history[least:]]:
+            right = [views[key] for views in database.history[question.required :]]
             self.world.fail(
                 f"{worker.name}, asked at {question.asked_s:.6f} for key {key}, answers {seen} as of "
-                f"{verdict.revision}{' from memory' if is_from_memory else ''}; effective was {question.required}, which "
-                f"makes it {[views[key] for views in database.history[question.required:]]}"
+                f"{verdict.revision}{' from memory' if is_from_memory else ''}; effective was {question.required}, "
+                f"which makes it {right}"
             )
 
     def _is_behind(self, question: Question) -> bool:
@@ -397,7 +403,9 @@ class Simulation:
         worker = random.choice(self._living())
         span_s = random.uniform(0.05, 1.5 * worker.coherence.terms.length_s)
         until_s = min(world.now_s + span_s, CALM_S)
-        what = random.choice((self._cut, self._freeze, self._freeze, self._pause, self._crash, self._take_over, self._go))
+        what = random.choice(
+            (self._cut, self._freeze, self._freeze, self._pause, self._crash, self._take_over, self._go)
+        )
         world.note(worker.name, what.__name__, round(until_s, 3))
         what(worker, until_s)
 

@@ -10,7 +10,7 @@ import asyncpg
 
 from latchgate.storage import queries
 from simulation.database import Database
-from simulation.world import World, WorkerLoop
+from simulation.world import WorkerLoop, World
 
 UP: Final = "up"
 DOWN: Final = "down"
@@ -102,7 +102,7 @@ class Connection:
         await self._ask(query, args)
         return ""
 
-    async def add_listener(self, channel: str, callback: Callable[..., object]) -> None:
+    async def add_listener(self, channel: str, callback: Callable[..., object]) -> None:  # noqa: ARG002 - the one
         """Listens."""
         await self._ask("LISTEN", (callback,))
 

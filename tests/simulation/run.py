@@ -1,3 +1,4 @@
+# ruff: noqa: T201 - it reports to the terminal
 """Runs simulated deployments: `python tests/simulation/run.py --seeds 5000 --first 0`; one alone with `--trace`."""
 
 from __future__ import annotations
@@ -7,9 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from simulation.deployment import Simulation
+
 
 def main() -> int:
     """Says which seeds failed, and how."""
@@ -25,12 +27,12 @@ def main() -> int:
         answers += simulation.answers
         hits += simulation.from_memory
         if arguments.trace:
-            for at_s, what in simulation.world.trace:
-                print(f"{at_s:10.6f}", *what)
+            print(simulation.story())
         if failure:
             failed += 1
             print(f"seed {seed}: {failure}")
-    print(f"{arguments.seeds} seeds, {failed} failed, {answers} answers, {hits} from memory, {time.monotonic() - begun_s:.1f} s")
+    took_s = time.monotonic() - begun_s
+    print(f"{arguments.seeds} seeds, {failed} failed, {answers} answers, {hits} from memory, {took_s:.1f} s")
     return 1 if failed else 0
 
 

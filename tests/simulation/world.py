@@ -1,3 +1,4 @@
+# ruff: noqa: SLF001 - what asyncio documents for those who make loops and tasks begins with an underscore
 """Simulated time: event loops that never sleep, and the one place that says which of them goes on, and when.
 
 Each worker has a loop of its own, so that one can stand still (stopped, suspended, starved) while time goes on for the
@@ -12,8 +13,8 @@ import heapq
 import itertools
 import random
 from asyncio.tasks import _enter_task, _leave_task
-from collections.abc import Callable, Coroutine
-from contextvars import Context
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 # Timers are due when they are this near: what is computed from a clock and back is not exact.
@@ -25,7 +26,7 @@ class World:
 
     def __init__(self, seed: int) -> None:
         """Takes what everything random is drawn from."""
-        self.random = random.Random(seed)
+        self.random = random.Random(seed)  # noqa: S311 - to repeat, not to hide
         self.now_s = 0.0
         self.loops: list[WorkerLoop] = []
         self.trace: list[tuple[float, tuple[object, ...]]] = []
@@ -73,19 +74,23 @@ class World:
                 happen(*args)
 
 
-class WorkerLoop(asyncio.AbstractEventLoop):
+class WorkerLoop(asyncio.BaseEventLoop):
     """An event loop whose clock runs at a rate of its own, and which runs when the world says so."""
+
+    # What asyncio's own call_soon and call_at fill.
+    _ready: deque[asyncio.Handle]
+    _scheduled: list[asyncio.TimerHandle]
 
     def __init__(self, world: World, *, rate: float) -> None:
         """Takes how many seconds its clock counts in a true one."""
+        super().__init__()
         self._world = world
         self._rate = rate
         self._offset_s = world.random.uniform(0, 1e5)
-        self._ready: list[asyncio.Handle] = []
         self._inbox: list[asyncio.Handle] = []
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
-        self._numbers = itertools.count()
+        # In the order of their making, unlike asyncio's own set of them.
         self._tasks: dict[asyncio.Task[Any], None] = {}
+        self.set_task_factory(self._make_task)
         # Until when it stands still; for ever once its worker is gone.
         self._still_until_s = 0.0
         # Whether it stands still in the midst of a step.
@@ -102,26 +107,27 @@ class WorkerLoop(asyncio.AbstractEventLoop):
             return float("inf")
         if self._ready or self._inbox:
             return self._still_until_s
-        while self._timers and self._timers[0][2].cancelled():
-            heapq.heappop(self._timers)
-        if not self._timers:
+        while self._scheduled and self._scheduled[0].cancelled():
+            heapq.heappop(self._scheduled)
+        if not self._scheduled:
             return float("inf")
-        due_s = (self._timers[0][0] - self._offset_s) / self._rate
+        due_s = (self._scheduled[0].when() - self._offset_s) / self._rate
         return max(due_s - RESOLUTION_S, self._still_until_s)
 
     def step(self) -> None:
         """Runs once what is ready: timers that are due, and what has come from outside."""
         due: list[asyncio.Handle] = []
         now_s = self.time() + 2 * RESOLUTION_S
-        while self._timers and self._timers[0][0] <= now_s:
-            due.append(heapq.heappop(self._timers)[2])
+        while self._scheduled and self._scheduled[0].when() <= now_s:
+            due.append(heapq.heappop(self._scheduled))
         if self._inbox:
             came, self._inbox = self._inbox, []
             self._world.random.shuffle(came)
             due = due + came if self._world.chance(0.5) else came + due
-        handles, self._ready = self._ready + due, []
+        self._ready.extend(due)
         asyncio._set_running_loop(self)
-        for handle in handles:
+        for _ in range(len(self._ready)):
+            handle = self._ready.popleft()
             if not handle.cancelled():
                 handle._run()
         asyncio._set_running_loop(None)
@@ -153,62 +159,19 @@ class WorkerLoop(asyncio.AbstractEventLoop):
     def close(self) -> None:
         """Ends all tasks, at an end where nothing is looked at any more."""
         self._inbox.clear()
-        self._timers.clear()
+        self._scheduled.clear()
         while self._tasks or self._ready:
             for task in list(self._tasks):
                 task.cancel()
             self.step()
+        super().close()
 
-    def call_soon(
-        self, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.Handle:
-        """As asyncio has it."""
-        handle = asyncio.Handle(callback, args, self, context)
-        self._ready.append(handle)
-        return handle
-
-    def call_later(
-        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
-        """As asyncio has it."""
-        return self.call_at(self.time() + delay, callback, *args, context=context)
-
-    def call_at(
-        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
-        """As asyncio has it."""
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
-        heapq.heappush(self._timers, (when, next(self._numbers), timer))
-        return timer
-
-    def create_future(self) -> asyncio.Future[Any]:
-        """As asyncio has it."""
-        return asyncio.Future(loop=self)
-
-    def create_task(
-        self, coro: Coroutine[Any, Any, Any], *, name: str | None = None, context: Context | None = None
-    ) -> asyncio.Task[Any]:
-        """As asyncio has it."""
-        task = asyncio.Task(coro, loop=self, name=name, context=context)
-        self._tasks[task] = None
-        task.add_done_callback(self._tasks.pop)
-        return task
-
-    def call_exception_handler(self, context: dict[str, Any]) -> None:
+    def call_exception_handler(self, context: Mapping[str, Any]) -> None:
         """Nothing may fail unseen."""
         self._world.fail(f"{context.get('message')}: {context.get('exception')!r}")
 
-    def get_debug(self) -> bool:
-        """As asyncio has it."""
-        return False
-
-    def is_running(self) -> bool:
-        """As asyncio has it."""
-        return True
-
-    def is_closed(self) -> bool:
-        """As asyncio has it."""
-        return False
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Asyncio tells of timers that it cancels; they are passed over when their time comes."""
+    def _make_task(self, loop: asyncio.AbstractEventLoop, coro: Any, **more: Any) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **more)
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.pop)
+        return task
