@@ -85,6 +85,10 @@ bench: $(STAMP) ## Measure Validate against a no-op of the same size; writes doc
 model: $(STAMP) ## Search all that the coherence protocol can do, and that each mistake is found
 	@$(BIN)/python tests/model/run.py
 
+.PHONY: simulate
+simulate: $(STAMP) ## Run 5000 simulated schedules of workers, network and database
+	@$(BIN)/python tests/simulation/run.py --seeds 5000
+
 .PHONY: lock
 lock: $(STAMP) ## Pin the newest allowed packages, with hashes, for every platform and Python
 	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.11 --no-emit-index-url --no-annotate \

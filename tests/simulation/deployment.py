@@ -5,27 +5,20 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final
 from unittest import mock
 from uuid import UUID
 
-from latchgate.domain.cache import KeyCache
-from latchgate.domain.coherence import CLOCK_DRIFT, Coherence, Entity, LeaseTerms, Reading
+from latchgate.domain.coherence import Entity
 from latchgate.domain.errors import RevisionUnknownError, UnavailableError
-from latchgate.domain.model import KeyIdentity, Lookup, Outcome, Verdict
-from latchgate.domain.ratelimit import WindowLimiter
-from latchgate.domain.validation import ForeignLookupBudget, Validator
-from latchgate.storage.coherence import Membership
-from latchgate.storage.effects import EffectPoller
 from latchgate.storage.link import Link
-from latchgate.storage.lookups import BatchingKeyReader, find_many, lookup_link
-from simulation.database import CHANGE, EXPIRING_KEY, FORMAT, TOKEN_KEYS, UNKNOWN_TOKENS, Change, Database
-from simulation.network import DOWN, MOST_DELAY_S, UP, Connection, Path
-from simulation.world import WorkerLoop, World
+from simulation.database import CHANGE, EXPIRING_KEY, TOKEN_KEYS, UNKNOWN_TOKENS, Change, Database
+from simulation.judge import Judge, Question
+from simulation.network import DOWN, MOST_DELAY_S, UP, Connection
+from simulation.worker import LINK_TIMEOUT_S, Worker
+from simulation.world import World
 
-LINK_TIMEOUT_S: Final = 0.5
 # Faults come until this time; then all is well, and all must come to its end.
 CALM_S: Final = 4.0
 # Beyond the longest wait: what was on its way when the faults ended, a statement given up, another try.
@@ -33,136 +26,6 @@ RECOVERY_S: Final = MOST_DELAY_S + 2.0
 FINAL_S: Final = 0.5
 PROBE_S: Final = 0.05
 TOKENS: Final = (*TOKEN_KEYS, *UNKNOWN_TOKENS)
-# An end that is set for a key may come this early: a statement's answer tells the time as exactly as it was fast.
-MOST_EARLY_S: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Question:
-    """A Validate, and what held when it was asked. Its answer must take account of all changes up to `required`."""
-
-    worker: Worker
-    token: str
-    asked_s: float
-    asked_wall_s: float
-    required: int
-    is_final: bool
-
-
-class _NotingReader:
-    """Notes which calls were not answered from memory."""
-
-    def __init__(self, reader: BatchingKeyReader) -> None:
-        self._reader = reader
-        self.asked: set[asyncio.Task[Any] | None] = set()
-
-    async def find(self, digest: bytes) -> Lookup:
-        """Asks."""
-        self.asked.add(asyncio.current_task())
-        return await self._reader.find(digest)
-
-
-class _Log:
-    """Takes what the code under test logs into the trace."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-
-    def __getattr__(self, level: str) -> Any:
-        return lambda event, **more: self._world.note(event, *more.values())
-
-
-class Worker:
-    """The real parts of a worker, put together as latchgate.app does."""
-
-    def __init__(self, simulation: Simulation, name: str, lease_s: float) -> None:
-        """Takes what it lives in."""
-        self.name = name
-        self._simulation = simulation
-        random = simulation.world.random
-        self.loop = WorkerLoop(simulation.world, rate=1 + random.uniform(-CLOCK_DRIFT, CLOCK_DRIFT))
-        self.path = Path(simulation.world, simulation.database)
-        self.stops = 0.0
-        self.coherence = Coherence(
-            terms=LeaseTerms(length_s=lease_s), cache=KeyCache(random.choice((2, 100))), boottime=self.boottime
-        )
-        self.membership = Membership(
-            link=Link(name, timeout_s=LINK_TIMEOUT_S),
-            listening=Link(name, timeout_s=LINK_TIMEOUT_S),
-            coherence=self.coherence,
-            boottime=self.boottime,
-            observer=self,
-        )
-        self.effects = EffectPoller(
-            link=Link(name, timeout_s=LINK_TIMEOUT_S), boottime=self.boottime, poke=self.membership.poke
-        )
-        self.lookups = BatchingKeyReader(
-            find_many(lookup_link(name), _show), observer=self, monotonic=self.loop.time, spacing_s=0.004
-        )
-        self.reader = _NotingReader(self.lookups)
-        self.validator = Validator(
-            tokens=simulation.tokens,
-            keys=self.reader,
-            memory=self.coherence,
-            limiter=WindowLimiter(self.loop.time),
-            usage=self,
-            foreign=ForeignLookupBudget(self.loop.time),
-        )
-        self.is_leaving = False
-        self.heard_timeline = ""
-        self._running: asyncio.Task[None] | None = None
-        self.loop.deliver(self._start)
-
-    def boottime(self) -> float:
-        """The worker's clock. The system may stop the process just before it is read, or just after."""
-        if self._simulation.world.chance(self.stops):
-            self.loop.stand_still(self._simulation.world.random.uniform(0, 1.5))
-        now_s = self.loop.time()
-        if self._simulation.world.chance(self.stops):
-            self.loop.stand_still(self._simulation.world.random.uniform(0, 1.5))
-        return now_s
-
-    def _start(self) -> None:
-        self._running = self.loop.create_task(self.membership.run())
-        self._running.add_done_callback(self._has_ended)
-
-    def _has_ended(self, running: asyncio.Task[None]) -> None:
-        if not running.cancelled():
-            self._simulation.world.fail(f"{self.name}'s membership ended: {running.exception()!r}")
-
-    async def leave(self) -> None:
-        """Stops in good order, as latchgate.app does."""
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.gather(self._running, return_exceptions=True)
-        await self.effects.close()
-        await self.membership.leave()
-        await self.lookups.close()
-        self.loop.end()
-
-    def reading(self, result: Reading, changes: int) -> None:
-        """Is told that the log was read."""
-        self.heard_timeline = self.path.heard_timeline
-        if result is Reading.APPLIED and not changes:
-            return
-        self._simulation.world.note(self.name, result.value, changes, self.coherence.applied_revision)
-        if result is not Reading.APPLIED and len(self.coherence.cache):
-            self._simulation.world.fail(f"{self.name} was told {result.value} and still holds records")
-        if result is Reading.EVICTED and self.coherence.lease_left_s:
-            self._simulation.world.fail(f"{self.name} was evicted and still has a lease")
-
-    def link_lost(self, link: str) -> None:
-        """Is told that a connection failed."""
-        self._simulation.world.note(self.name, "lost", link)
-
-    def batch(self, size: int, seconds: float) -> None:
-        """Is told of a lookup."""
-
-    def failed(self, size: int) -> None:
-        """Is told of a lookup that failed."""
-
-    def record(self, secret_id: int, used_s: float) -> None:
-        """Is told of a use."""
 
 
 class Simulation:
@@ -175,7 +38,6 @@ class Simulation:
         self.database = Database(lambda: self.world.now_s, lambda: random.randint(1, 1_000_000))
         self._expire_s = random.uniform(1, CALM_S)
         self.database.expire_s = self.database.wall_s() + self._expire_s
-        self.tokens = FORMAT
         # Whether the standby, should it take over, has all that was committed and answered.
         self.is_standby_safe = random.random() < 0.75
         self._late = random.choice((0.0, 0.02, 0.1))
@@ -184,15 +46,10 @@ class Simulation:
         self.workers: dict[str, Worker] = {}
         for _ in range(random.choice((2, 2, 3))):
             self._join()
-        # All changes up to here were called effective.
-        self.effective = 0
-        # When a standby took over that had lost changes.
-        self._lost_s = float("-inf")
-        self._clock_set_s = float("-inf")
+        self._judge = Judge(self.world, self.database)
         self._changes = 0
         self._open: set[tuple[str, Worker, int]] = set()
         self.answers = 0
-        self.from_memory = 0
 
     def run(self) -> str:
         """Lets it all happen; gives what went wrong, or nothing."""
@@ -202,6 +59,8 @@ class Simulation:
                 world.at(random.uniform(0.3, CALM_S), self._manage, self._draw_change())
             for _ in range(random.randint(0, 8)):
                 world.at(random.uniform(0.5, CALM_S), self._befall)
+            for _ in range(random.choice((0, 8))):
+                world.at(random.uniform(0.5, CALM_S), self._have_swept)
             world.at(0.1, self._probe)
             for _ in range(4):
                 world.at(self._expire_s + random.uniform(0, 0.1), self._ask_all, EXPIRING_KEY)
@@ -222,6 +81,11 @@ class Simulation:
                 loop.close()
         return world.failure
 
+    @property
+    def from_memory(self) -> int:
+        """How many answers came from memory."""
+        return self._judge.from_memory
+
     def story(self) -> str:
         """Tells what happened."""
         return "\n".join(" ".join(map(str, (f"{at_s:10.6f}", *what))) for at_s, what in self.world.trace)
@@ -236,7 +100,7 @@ class Simulation:
 
     def _join(self) -> None:
         name = f"w{len(self.workers)}"
-        worker = Worker(self, name, self.world.random.choice((1.0, 1.0, 2.0)))
+        worker = Worker(self.world, self.database, name=name, lease_s=self.world.random.choice((1.0, 1.0, 2.0)))
         worker.path.late, worker.path.lost, worker.stops = self._late, self._lost, self._stops
         self.workers[name] = worker
 
@@ -263,7 +127,7 @@ class Simulation:
             token=token,
             asked_s=self.world.now_s,
             asked_wall_s=self.database.wall_s(),
-            required=max(self.effective, min_revision),
+            required=max(self._judge.effective, min_revision),
             is_final=is_final,
         )
         worker.loop.deliver(lambda: worker.loop.create_task(self._validate(question, min_revision)))
@@ -284,59 +148,11 @@ class Simulation:
             is_from_memory = task not in worker.reader.asked
             worker.reader.asked.discard(task)
         if problem is None:
-            self._check(question, verdict, is_from_memory=is_from_memory)
+            self._judge.judge(question, verdict, is_from_memory=is_from_memory)
         elif question.is_final and not worker.is_leaving:
             self.world.fail(f"{worker.name} does not answer though all is well: {problem!r}")
-        elif isinstance(problem, RevisionUnknownError) and self._lost_s < 0:
+        elif isinstance(problem, RevisionUnknownError) and self._judge.lost_s < 0:
             self.world.fail(f"{worker.name} does not know a revision that was given out")
-
-    def _check(self, question: Question, verdict: Verdict, *, is_from_memory: bool) -> None:
-        """Judges an answer. `history` is what tokens were worth after each change."""
-        worker, database = question.worker, self.database
-        if is_from_memory:
-            self.from_memory += 1
-            if question.asked_s > worker.path.renewed_s + worker.coherence.terms.length_s:
-                self.world.fail(f"{worker.name} answers from memory, {verdict.outcome}, without a lease")
-        if question.asked_s < self._lost_s or self._is_behind(question):
-            return
-        key = TOKEN_KEYS.get(question.token)
-        if key is None:
-            if verdict.outcome is not Outcome.NOT_FOUND:
-                self.world.fail(f"{worker.name} has found a token that is none")
-            return
-        if key == EXPIRING_KEY and self._is_timely(question, verdict):
-            return
-        seen = verdict.outcome, verdict.record.shown.decode() if verdict.record else ""
-        least = max(question.required, verdict.revision)
-        if seen not in [views[key] for views in database.history[least:]]:
-            right = [views[key] for views in database.history[question.required :]]
-            self.world.fail(
-                f"{worker.name}, asked at {question.asked_s:.6f} for key {key}, answers {seen} as of "
-                f"{verdict.revision}{' from memory' if is_from_memory else ''}; effective was {question.required}, "
-                f"which makes it {right}"
-            )
-
-    def _is_behind(self, question: Question) -> bool:
-        """Says whether a worker can not know yet that the database has lost changes: for a lease, and no longer."""
-        worker = question.worker
-        return (
-            question.asked_s < self._lost_s + worker.coherence.terms.length_s
-            and worker.heard_timeline != self.database.timeline_name
-        )
-
-    def _is_timely(self, question: Question, verdict: Verdict) -> bool:
-        """Judges an answer for a key that expires by the database's clock; says whether no other can be asked for."""
-        worker, expire_s = question.worker, self.database.expire_s
-        length_s = worker.coherence.terms.length_s
-        if question.asked_s < self._clock_set_s + length_s:
-            return True
-        if verdict.outcome is Outcome.EXPIRED:
-            if self.database.wall_s() < expire_s - MOST_EARLY_S:
-                self.world.fail(f"{worker.name} calls a key expired that is not")
-            return True
-        if verdict.outcome is Outcome.VALID and question.asked_wall_s > expire_s + length_s * CLOCK_DRIFT:
-            self.world.fail(f"{worker.name} accepts a key {question.asked_wall_s - expire_s:.4f} s after its end")
-        return False
 
     # What is changed.
 
@@ -389,12 +205,18 @@ class Simulation:
             world.at(world.now_s + effect.max_remaining.total_seconds(), self._hold, change, revision)
 
     def _hold(self, change: Change, revision: int) -> None:
-        """From now on a change was called effective: everyone is asked at once for what it may have changed."""
-        if self.database.revision_of(change) != revision:
-            return
-        self.world.note("effective", revision)
-        self.effective = max(self.effective, revision)
-        self._ask_all(change.index if change.entity is Entity.KEY else None)
+        """A change was called effective: everyone is asked at once for what it may have changed."""
+        if self._judge.hold(change, revision):
+            self._ask_all(change.index if change.entity is Entity.KEY else None)
+
+    def _have_swept(self) -> None:
+        worker = self.world.random.choice(self._living())
+        worker.loop.deliver(lambda: worker.loop.create_task(self._sweep(worker)))
+
+    async def _sweep(self, worker: Worker) -> None:
+        """Has a worker take off others that are silent, as latchgate.app does every now and then."""
+        with suppress(UnavailableError):
+            await worker.effects.sweep()
 
     # What befalls them.
 
@@ -439,11 +261,10 @@ class Simulation:
         unsafe = self.database.unsafe()
         self.database.fail_over(random.randint(0, unsafe if self.is_standby_safe else unsafe + 12))
         self.database.wall_offset_s += random.choice((0, 0, -0.5, 0.5))
-        self._clock_set_s = self.world.now_s
+        self._judge.clock_set_s = self.world.now_s
         self.world.note("taken over", self.database.timeline, "head", head, self.database.head)
         if not self.is_standby_safe:
-            self._lost_s = self.world.now_s
-            self.effective = min(self.effective, self.database.head)
+            self._judge.lose()
 
     def _go(self, worker: Worker, until_s: float) -> None:
         """Ends a worker, with or without a word, and starts another one."""
@@ -465,8 +286,14 @@ class Simulation:
             worker.path.late = worker.path.lost = worker.stops = 0.0
 
 
-def _show(identity: KeyIdentity) -> bytes:
-    return identity.key_name.encode()
+class _Log:
+    """Takes what the code under test logs into the trace."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __getattr__(self, level: str) -> Any:
+        return lambda event, **more: self._world.note(event, *more.values())
 
 
 @contextmanager
