@@ -209,6 +209,7 @@ MUTANTS: Final[dict[str, Sequence[Replacement]]] = {
 FIRST_SEEDS: Final[dict[str, int]] = {
     "registry read before the commit": 210,
     "registration and log read in one transaction": 265,
+    "takeover of a standby unheeded": 150,
 }
 
 
