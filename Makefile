@@ -85,6 +85,10 @@ bench: $(STAMP) ## Measure Validate against a no-op of the same size; writes doc
 model: $(STAMP) ## Search all that the coherence protocol can do, and that each mistake is found
 	@$(BIN)/python tests/model/run.py
 
+.PHONY: simulate
+simulate: $(STAMP) ## Run 5000 simulated schedules of workers, network and database
+	@$(BIN)/python tests/simulation/run.py --seeds 5000
+
 .PHONY: bench-effective
 bench-effective: $(STAMP) ## Measure how long revocations take with 1, 4 and 20 workers; writes docs/effective.md
 	@$(BIN)/python tests/bench/effective.py

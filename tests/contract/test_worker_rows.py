@@ -49,26 +49,28 @@ async def noted(connection: Connection) -> list[tuple[str, str]]:
         ("remote_apply", "remote_apply"),
     ],
 )
-async def test_registration_is_safe_on_disk(noting: Connection, setting: str, expected: str) -> None:
-    """A registration is committed to disk whatever the server's own setting, and to standbys where that is set: else a
-    crash could make a worker unknown that answers from memory. The session's setting stays as it was.
+async def test_registrations_and_renewals_are_safe_on_disk(noting: Connection, setting: str, expected: str) -> None:
+    """A registration and a renewal are committed to disk whatever the server's own setting, and to standbys where that
+    is set: else a crash could make a worker unknown, or have it taken off, that answers from memory. The session's
+    setting stays as it was.
     """
+    worker = uuid4()
     await noting.execute(f"SET synchronous_commit = {setting}")
-    await noting.execute(queries.WORKER_INSERT, uuid4(), 10.0)
+    await noting.execute(queries.WORKER_INSERT, worker, 10.0)
     assert [("INSERT", expected)] == await noted(noting)
+    await noting.fetch(queries.LOG_READ_RENEWING, worker, 0, 10)
+    assert [("UPDATE", expected)] == await noted(noting)
     assert setting == await noting.fetchval("SHOW synchronous_commit")
 
 
 @pytest.mark.parametrize("setting", ["on", "remote_apply", "off"])
-async def test_renewals_and_acknowledgements_do_not_wait_for_the_disk(noting: Connection, setting: str) -> None:
+async def test_acknowledgements_do_not_wait_for_the_disk(noting: Connection, setting: str) -> None:
     """What is written several times a second, and may be lost, does not have the server wait for its disk; what else
     the session does, does.
     """
     worker = await insert_worker(noting)
     await noting.execute(f"SET synchronous_commit = {setting}")
     await noted(noting)
-    await noting.fetch(queries.LOG_READ_RENEWING, worker, 0, 10)
-    assert [("UPDATE", "off")] == await noted(noting)
     await noting.execute(queries.WORKER_ACKNOWLEDGE, worker, 7)
     assert [("UPDATE", "off")] == await noted(noting)
     assert setting == await noting.fetchval("SHOW synchronous_commit")
