@@ -14,7 +14,7 @@ import asyncpg
 
 from latchgate.storage.embedded import EmbeddedDatabaseError, EmbeddedPostgres
 from support.databases import until
-from support.processes import is_running, postmaster
+from support.processes import postmaster
 
 STARTS = 3
 
@@ -58,7 +58,7 @@ class Postgres:
             _tell(pids, number)
 
         async def are_gone() -> bool:
-            return not any(map(is_running, pids))
+            return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
         await until(are_gone)
 
