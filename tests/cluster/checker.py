@@ -2,10 +2,12 @@
 
 What is demanded of a reading that was invoked at a time t and answered with revision r:
 
-1. It is from a state that has all changes which, by what their callers were told, held everywhere at t, and all up to r.
+1. It is from a state that has all changes which held everywhere at t, by what their callers were told, and all up
+   to r.
 2. r is not less than the revision of any change that held everywhere at t, whatever that was a change of.
 3. It is no error, unless one that says that the service could not decide.
 
+A change that held everywhere at t makes sure of all changes of lower revisions, too: whatever shows it shows them.
 A later change may undo an earlier one. A change of unknown result may be made at any time from its invocation on, or
 never: both are allowed for ever after.
 """
@@ -16,7 +18,7 @@ import itertools
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from cluster.history import NANOSECONDS, VALID, Answer, Change, History, Reading, Subject
@@ -24,6 +26,7 @@ from cluster.history import NANOSECONDS, VALID, Answer, Change, History, Reading
 UNDECIDED = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"})
 """The errors with which a worker may answer that can not reach its database, or is gone."""
 SHOWN_BEFORE = 3
+_EXPECTED = {Answer.REFUSED: frozenset({"FAILED_PRECONDITION"}), Answer.UNKNOWN: UNDECIDED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +96,12 @@ def check(history: History) -> list[Violation]:
     found: list[Violation] = []
     steps: dict[Subject, _Steps] = {}
     by_fact: dict[str, list[Change]] = defaultdict(list)
-    for change in history.changes:
+    changes = _sharpened(history.changes)
+    for change in changes:
         by_fact[change.fact].append(change)
-        if change.answer is Answer.REFUSED and change.error not in _REFUSALS:
+        if change.error and change.error not in _EXPECTED[change.answer]:
             found.append(Violation(kind="ERROR", call=change))
-    floors = _Floors(history.changes)
+    floors = _Floors(changes)
     for reading in history.readings:
         if reading.error:
             if reading.error not in UNDECIDED:
@@ -110,7 +114,17 @@ def check(history: History) -> list[Violation]:
     return sorted(found, key=lambda each: each.call.returned_ns)
 
 
-_REFUSALS = frozenset({"FAILED_PRECONDITION"})
+def _sharpened(changes: Iterable[Change]) -> list[Change]:
+    """Gives the changes, each to hold from when it or any of a higher revision does."""
+    sharpened: list[Change] = []
+    least_ns: int | None = None
+    for change in sorted(changes, key=lambda each: each.revision, reverse=True):
+        if change.holds_from_ns is None:
+            sharpened.append(change)
+            continue
+        least_ns = change.holds_from_ns if least_ns is None else min(least_ns, change.holds_from_ns)
+        sharpened.append(replace(change, holds_from_ns=least_ns))
+    return sharpened
 
 
 def _judged(reading: Reading, steps: _Steps, floors: _Floors) -> list[Violation]:
@@ -118,9 +132,7 @@ def _judged(reading: Reading, steps: _Steps, floors: _Floors) -> list[Violation]
     if reading.outcome not in allowed:
         least, _, _ = steps.span(reading)
         because = steps.known[least - 1] if least else None
-        return [
-            Violation(kind="LOST" if reading.is_final else "STALE", call=reading, allowed=allowed, because=because)
-        ]
+        return [Violation(kind="LOST" if reading.is_final else "STALE", call=reading, allowed=allowed, because=because)]
     floor = floors.at(reading.invoked_ns)
     if reading.revision is not None and floor is not None and reading.revision < floor.revision:
         return [Violation(kind="REVISION", call=reading, allowed=allowed, because=floor)]
@@ -136,11 +148,15 @@ class _Floors:
             key=lambda change: change.holds_from_ns or 0,
         )
         self._times_ns = [change.holds_from_ns or 0 for change in known]
-        self._newest = list(itertools.accumulate(known, lambda a, b: a if a.revision >= b.revision else b))
+        self._newest: list[Change] = list(itertools.accumulate(known, _newer))
 
     def at(self, time_ns: int) -> Change | None:
         index = bisect_right(self._times_ns, time_ns)
         return self._newest[index - 1] if index else None
+
+
+def _newer(one: Change, other: Change) -> Change:
+    return one if one.revision >= other.revision else other
 
 
 def revocations_checked(history: History) -> int:

@@ -183,9 +183,7 @@ class Client:
         change, answer = await self._change(worker, call, f"rotate {old}", f"{old} ended", value=True)
         return change, None if answer is None else key.take(answer.token)
 
-    async def switch(
-        self, worker: Worker, organization_id: str, *, active: bool, deadline_s: float = 10.0
-    ) -> Change:
+    async def switch(self, worker: Worker, organization_id: str, *, active: bool, deadline_s: float = 10.0) -> Change:
         """Calls UpdateOrganization."""
         request = organizations_pb.UpdateOrganizationRequest(
             organization=organizations_pb.Organization(id=organization_id, active=active),

@@ -181,10 +181,16 @@ FAULTS: Final[dict[str, tuple[str, Fault]]] = {
     ),
     "listening link silent": ("nothing passes on a worker's link for notifications", _held(Link.LISTEN)),
     "log link silent": ("nothing passes on the link by which a worker reads the log", _held(Link.LOG)),
-    "log link silent, to the worker": ("the same one way: the server renews, no answer comes", _held(Link.LOG, Way.TO_CLIENT)),
+    "log link silent, to the worker": (
+        "the same one way: the server renews, no answer comes",
+        _held(Link.LOG, Way.TO_CLIENT),
+    ),
     "+50 ms": ("all of a worker's traffic with the database 50 ms later each way", _slow(0.05)),
     "+500 ms": ("the same with 500 ms", _slow(0.5)),
-    "half-open, server gone": ("the server's ends of a worker's connections closed, unknown to it", _half_open(towards_server=True)),
+    "half-open, server gone": (
+        "the server's ends of a worker's connections closed, unknown to it",
+        _half_open(towards_server=True),
+    ),
     "half-open, worker gone": ("the worker's ends closed, unknown to the server", _half_open(towards_server=False)),
 }
 """All faults by their names, with what they do."""

@@ -38,7 +38,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A call that makes a fact hold (`value`) or not. `holds_from_ns` is when it must be seen everywhere at the latest."""
+    """A call that makes a fact hold (`value`) or not. From `holds_from_ns` on it must be seen everywhere."""
 
     what: str
     fact: str

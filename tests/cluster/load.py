@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import itertools
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,7 +13,7 @@ from typing import Final
 import grpc
 
 from cluster.client import Client, HeldKey
-from cluster.history import NANOSECONDS, Answer, Change
+from cluster.history import Answer, Change
 from cluster.nodes import LEASE_S, READY_S, Cluster, Worker
 from support.databases import until
 
@@ -45,10 +45,11 @@ class Load:
         suffix = uuid.uuid4().hex[:8]
         for name in (_STEADY, _SWITCHED):
             await self._client.make_organization(self._cluster.workers[0], f"{name}-{suffix}")
+        rngs = [Random(self._rng.random()) for _ in range(_LIVES + 1)]  # noqa: S311 - to be repeated
         async with asyncio.TaskGroup() as group:
-            for _ in range(_LIVES):
-                group.create_task(self._keep_living(Random(self._rng.random()), f"{_STEADY}-{suffix}"))
-            group.create_task(self._keep_switching(Random(self._rng.random()), f"{_SWITCHED}-{suffix}"))
+            for rng in rngs[1:]:
+                group.create_task(self._keep_living(rng, f"{_STEADY}-{suffix}"))
+            group.create_task(self._keep_switching(rngs[0], f"{_SWITCHED}-{suffix}"))
             try:
                 yield
             finally:
@@ -59,22 +60,20 @@ class Load:
         key = await self._make(self._rng, self._keys[0].organization_id)
         if key is None:
             raise RuntimeError("the trial was stopped before its faults were over")
+        switches = itertools.cycle((False, True))
         for worker in self._cluster.workers:
 
             async def is_healthy(worker: Worker = worker) -> bool:
                 if (await self._client.validate(worker, key.tokens[0])).error:
                     return False
-                change = await self._client.toggle(worker, key, active=True, deadline_s=DEADLINES_S[-1])
+                change = await self._client.toggle(worker, key, active=next(switches), deadline_s=DEADLINES_S[-1])
                 return change.answer is Answer.EFFECTIVE
 
             async with asyncio.timeout(READY_S):
                 await until(is_healthy)
 
     async def read_all(self) -> None:
-        """Reads every key and token once more, on every worker, when every change must hold."""
-        holds_ns = max((change.holds_from_ns or 0 for change in self._client.history.changes), default=0)
-        while time.monotonic_ns() < holds_ns:
-            await asyncio.sleep((holds_ns - time.monotonic_ns()) / NANOSECONDS)
+        """Reads every key and token once more, on every worker: all changes from before `heal` must be seen."""
         for key in self._keys:
             reader = self._rng.choice(self._cluster.workers)
             await _until_decided(lambda reader=reader, key=key: self._client.get(reader, key))  # type: ignore[misc]
@@ -140,12 +139,10 @@ class Load:
                     ),
                 )
             await self._pause(rng.uniform(0, LEASE_S / 2))
-        by_deletion = rng.random() < 0.25  # noqa: PLR2004 - a quarter
+        by_deletion = rng.random() < 0.25
         await self._insist(
             rng,
-            lambda worker, deadline_s: self._client.revoke(
-                worker, key, deadline_s=deadline_s, by_deletion=by_deletion
-            ),
+            lambda worker, deadline_s: self._client.revoke(worker, key, deadline_s=deadline_s, by_deletion=by_deletion),
         )
         await self._pause(_REMEMBERED_LEASES * LEASE_S)
 
@@ -198,5 +195,3 @@ async def _until_decided(read: Callable[[], Awaitable[object]]) -> None:
         return not getattr(await read(), "error", "")
 
     await until(is_decided)
-
-

@@ -75,7 +75,7 @@ def registry_read_before_the_commit() -> None:
         return standing(revision, since_s, asked, now_s)
 
     PostgresTransaction.record_change = record_and_read  # type: ignore[method-assign]
-    effects.standing = stands
+    vars(effects)["standing"] = stands
 
 
 def registers_and_reads_in_one_transaction() -> None:

@@ -58,7 +58,7 @@ class Postgres:
             _tell(pids, number)
 
         async def are_gone() -> bool:
-            return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+            return not any(map(_exists, pids))
 
         await until(are_gone)
 
@@ -95,6 +95,11 @@ class Postgres:
         """Lists its processes, the one first that starts the others."""
         first = postmaster(self._folder)
         return [first, *_children(first)]
+
+
+def _exists(pid: int) -> bool:
+    """Says whether a process is there, be it only to be asked how it ended: its package can not tell that apart."""
+    return Path(f"/proc/{pid}").exists()
 
 
 def _tell(pids: list[int], number: signal.Signals) -> None:

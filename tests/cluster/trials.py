@@ -23,7 +23,7 @@ SHOWN: Final = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a trial has shown. Times in seconds; those of changes that were called effective, made while faults lasted."""
+    """What a trial has shown. `effective_s` has the changes that were made while faults lasted and called effective."""
 
     faults: tuple[str, ...]
     seed: int
@@ -71,9 +71,7 @@ async def _late(cluster: Cluster, name: str, rng: Random) -> None:
     await fault(cluster, rng)
 
 
-def _verdict(
-    history: History, faults: Sequence[str], seed: int, seconds: float, span_ns: tuple[int, int]
-) -> Verdict:
+def _verdict(history: History, faults: Sequence[str], seed: int, seconds: float, span_ns: tuple[int, int]) -> Verdict:
     found = check(history)
     answers = [change.answer for change in history.changes]
     return Verdict(
