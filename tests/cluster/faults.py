@@ -11,12 +11,12 @@ from typing import Final
 
 import asyncpg
 
-from cluster.nodes import LEASE_S, Cluster, Worker
+from cluster.nodes import LEASE_S, READY_S, Cluster, Worker
 from cluster.wire import Link, Loss, Way, Wire
 
 _LASTS_S: Final = 2.5 * LEASE_S
-_CONNECTIONS: Final = 200
 _AT_ONCE: Final = 10
+_CUTS: Final = 4
 
 Fault = Callable[[Cluster, Random], Awaitable[None]]
 
@@ -118,20 +118,29 @@ async def backends_ended(cluster: Cluster, rng: Random) -> None:
 
 
 async def connections_exhausted(cluster: Cluster, rng: Random) -> None:
-    """All connections that the server allows are taken by somebody else, and one worker's are cut."""
-    async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+    """Somebody else takes every connection that the server has to give, while workers' connections are cut."""
+    async with AsyncExitStack() as stack:
+        is_full = asyncio.Event()
 
         async def take() -> None:
-            for _ in range(_CONNECTIONS // _AT_ONCE):
+            while True:
                 try:
                     await stack.enter_async_context(cluster.database())
                 except (asyncpg.PostgresError, OSError):
-                    return
+                    is_full.set()
+                    await asyncio.sleep(0.001)
 
-        takers = [group.create_task(take()) for _ in range(_AT_ONCE)]
-        await asyncio.wait(takers)
-        rng.choice(cluster.workers).wire.cut()
-        await asyncio.sleep(_LASTS_S)
+        takers = [asyncio.create_task(take()) for _ in range(_AT_ONCE)]
+        try:
+            async with asyncio.timeout(READY_S):
+                await is_full.wait()
+            for _ in range(_CUTS):
+                rng.choice(cluster.workers).wire.cut()
+                await asyncio.sleep(_LASTS_S / _CUTS)
+        finally:
+            for taker in takers:
+                taker.cancel()
+            await asyncio.gather(*takers, return_exceptions=True)
 
 
 def _wire_fault(begin: Callable[[Wire, ExitStack], object]) -> Fault:
@@ -168,7 +177,10 @@ FAULTS: Final[dict[str, tuple[str, Fault]]] = {
     "database frozen, 0.5 leases": ("SIGSTOP of all of PostgreSQL's processes for half a lease", _database_frozen(0.5)),
     "database frozen, 2 leases": ("the same for two leases", _database_frozen(2)),
     "sessions ended": ("pg_terminate_backend of 20 of the workers' sessions, one after the other", backends_ended),
-    "connections exhausted": ("all of the server's connections taken, those of a worker cut", connections_exhausted),
+    "connections exhausted": (
+        "all of the server's connections taken while workers' are cut",
+        connections_exhausted,
+    ),
     "commit lost": ("connections cut before the server gets a COMMIT", _commits_lost(Loss.BEFORE)),
     "commit's answer lost": ("connections cut after a COMMIT, before its answer", _commits_lost(Loss.AFTER)),
     "commit's answer withheld": ("no answer to a COMMIT, and silence from then on", _commits_lost(Loss.SILENCE)),

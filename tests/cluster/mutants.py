@@ -21,6 +21,8 @@ from latchgate.storage.effects import EffectPoller
 from latchgate.storage.lookups import BatchingKeyReader
 from latchgate.storage.transaction import PostgresTransaction
 
+EARLY_S = 0.01
+
 
 def lease_counted_from_the_reply() -> None:
     """The lease begins when the renewal's answer is heard, not before it is sent."""
@@ -97,9 +99,11 @@ def renews_without_reading() -> None:
     read = Membership._read
 
     async def renew_alone(self: Membership, connection: Any, *, is_renewal: bool) -> Reading:
-        if not is_renewal or self._coherence.lease_left_s == 0:
-            return await read(self, connection, is_renewal=is_renewal)
         sent_s = self._boottime()
+        # One that is woken by its own timer, which may go off a little early, is to renew.
+        is_due = is_renewal or self._renewal_due_s - sent_s < EARLY_S
+        if not is_due or self._coherence.lease_left_s == 0:
+            return await read(self, connection, is_renewal=is_renewal)
         status = await connection.execute(
             "UPDATE worker SET renewals = renewals + 1 WHERE incarnation = $1", self._incarnation
         )

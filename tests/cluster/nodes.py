@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -29,6 +30,7 @@ ORDINARY: Final = ("-m", "latchgate")
 PREPARED: Final = ("-m", "cluster.worker")
 """The same command line in a process that blocks its event loop at SIGUSR1, and may have a mutant in it."""
 
+_COMPLAINT: Final = re.compile(r'"level": "critical"|"event": "work_failed"|"code": "INTERNAL"|Traceback')
 _TESTS: Final = Path(__file__).parents[1]
 # A worker that comes back is to be found at once, and a call that fails is to be seen to fail.
 _CHANNEL: Final = (("grpc.enable_retries", 0), ("grpc.initial_reconnect_backoff_ms", 100))
@@ -92,6 +94,10 @@ class Worker:
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
         self.keys = KeyServiceStub(self._channel)
         self.organizations = OrganizationServiceStub(self._channel)
+
+    def complaints(self) -> list[str]:
+        """Lists what the process has written that no fault excuses: critical lines, failed work, stack traces."""
+        return [line for line in (*self.process.out, *self.process.err) if _COMPLAINT.search(line)]
 
     async def kill(self) -> None:
         """Ends the process without a word."""

@@ -16,7 +16,9 @@ from latchgate.storage.embedded import EmbeddedDatabaseError, EmbeddedPostgres
 from support.databases import until
 from support.processes import postmaster
 
-STARTS = 3
+# How long a recovery may take on a machine that is busy.
+START_S = 120.0
+RETRY_S = 0.5
 
 
 class Postgres:
@@ -65,15 +67,15 @@ class Postgres:
     async def restart(self) -> None:
         """Starts it again after it was killed."""
         await asyncio.to_thread(self._server.stop)
-        for attempt in range(STARTS):
-            try:
-                self._server = await asyncio.to_thread(EmbeddedPostgres.start, self._folder)
-            except EmbeddedDatabaseError:
-                # Its package gives a start ten seconds, which may be short on a machine that is busy.
-                if attempt == STARTS - 1:
-                    raise
-            else:
-                return
+        async with asyncio.timeout(START_S):
+            while True:
+                try:
+                    self._server = await asyncio.to_thread(EmbeddedPostgres.start, self._folder)
+                except (EmbeddedDatabaseError, AssertionError):
+                    # Its package gives it ten seconds, and then asserts that one that is still recovering is ready.
+                    await asyncio.sleep(RETRY_S)
+                else:
+                    return
 
     def freeze(self) -> None:
         """Stops all of its processes where they are."""

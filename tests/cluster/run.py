@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -103,9 +104,9 @@ async def _try_all(postgres: Postgres, results: Results, plan: Iterator[tuple[tu
     async with AsyncExitStack() as stack:
         cluster: Cluster | None = None
         for faults, seed in plan:
-            if cluster is None:
-                cluster = await stack.enter_async_context(running_cluster(postgres))
             try:
+                if cluster is None:
+                    cluster = await stack.enter_async_context(running_cluster(postgres))
                 verdict = await run_trial(cluster, faults, seed, calm_s=1.0 if faults else CALM_S)
             except Exception as error:  # noqa: BLE001 - whatever it is, the next trial is to come
                 await stack.aclose()
@@ -125,7 +126,9 @@ def _text(error: BaseException) -> str:
     """Writes an error, or those in a group, in one line."""
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(map(_text, error.exceptions))
-    return f"{type(error).__name__} {error}".strip().partition("\n")[0]
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__} {error}".strip().partition("\n")[0]
+    return f"{text} ({Path(where.filename).name}:{where.lineno})"
 
 
 def _show(verdict: Verdict) -> None:

@@ -61,6 +61,8 @@ async def run_trial(cluster: Cluster, faults: Sequence[str], seed: int, *, calm_
             await load.heal()
             await asyncio.sleep(calm_s / 2)
         await load.read_all()
+    for worker in cluster.workers:
+        assert not worker.complaints(), f"worker {worker.name}: {worker.complaints()[0]}"
     return _verdict(client.history, faults, seed, time.monotonic() - began_s, (from_ns, to_ns))
 
 
