@@ -35,6 +35,10 @@ run: $(STAMP) ## Start the service with its embedded database, and show a key's 
 test: $(STAMP) ## Run the tests against a real PostgreSQL that they start themselves
 	@$(BIN)/python -m pytest -q
 
+.PHONY: faults
+faults: $(STAMP) ## Break a cluster of real processes in every way, for 15 minutes; writes docs/reliability.md
+	@$(BIN)/python tests/cluster/run.py $(ARGS)
+
 .PHONY: lint
 lint: $(STAMP) ## Check style, import rules, the contract's style and the Dockerfile
 	@$(BIN)/ruff check
