@@ -184,7 +184,8 @@ async def test_taking_off_is_compare_and_set(observer: Connection) -> None:
     assert await observer.fetchval(queries.WORKER_EVICT, worker, revision) is None
     assert await observer.fetchval(queries.WORKER_EVICT_SILENT, worker, 0) is None
     assert {worker} == set(await workers(observer))
-    assert await observer.fetchval(queries.WORKER_EVICT_SILENT, worker, 1)
+    renewals = await observer.fetchval("SELECT renewals FROM worker")
+    assert await observer.fetchval(queries.WORKER_EVICT_SILENT, worker, renewals)
     worker = await insert_worker(observer)
     assert await observer.fetchval(queries.WORKER_EVICT, worker, revision)
     assert {} == await workers(observer)

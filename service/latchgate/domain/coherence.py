@@ -175,6 +175,9 @@ class Coherence:
         self.applied_revision = reading.head
         if is_renewal:
             self._lease_until_s = sent_s + self.terms.usable_s
+        elif result is not Reading.APPLIED:
+            # It was given by a server that is no more, and the one that there is may not know of it.
+            self._lease_until_s = NEVER
         return result
 
     def _judge(self, reading: LogReading) -> Reading:

@@ -132,6 +132,9 @@ class Membership:
             self._incarnation = None
             self._wake.set()
             return
+        if result is not Reading.APPLIED and not is_renewal:
+            self._renewal_due_s = 0.0
+            self._wake.set()
         applied = self._coherence.applied_revision
         if applied != self._acknowledged:
             # Only what is applied may be acknowledged: from here on it is called effective.

@@ -278,12 +278,14 @@ _SAFELY = """
 
 # Reads the log and renews the worker's row in one statement; the row tells how far this very reading went. Safe on disk
 # once it is answered: of a renewal that a crash took back nobody would know that it gave a lease, and its worker would
-# be taken off while it has one. After a failover that lost changes a worker has not applied more than there is.
+# be taken off while it has one. After a failover that lost changes a worker has not applied more than there is, and the
+# random step keeps the row from being the same twice.
 LOG_READ_RENEWING = _LOG.format(
     renewal=f"""
 WITH renewed AS (
     UPDATE worker
-    SET renewals = renewals + 1, seen_revision = seen.head, applied_revision = least($2, seen.head)
+    SET renewals = renewals + 1 + floor(random() * 1e6)::bigint, seen_revision = seen.head,
+        applied_revision = least($2, seen.head)
     FROM {_SAFELY}, (SELECT coalesce((SELECT max(revision) FROM change_log), 0) AS head) AS seen
     WHERE incarnation = $1
     RETURNING 1

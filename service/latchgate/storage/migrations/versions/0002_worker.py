@@ -7,7 +7,8 @@ down_revision = "0001"
 
 _STATEMENTS = (
     # Every worker process, while a change has to wait for it. Updated all the time, on its page and in no index.
-    # seen_revision is how far the last renewal read the log: an earlier lease is older than any later change.
+    # seen_revision is how far the last renewal read the log: an earlier lease is older than any later change. renewals
+    # grows with each renewal, by no certain step.
     """
     CREATE TABLE worker (
         incarnation uuid PRIMARY KEY,
