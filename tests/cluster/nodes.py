@@ -26,10 +26,6 @@ LEASE_S: Final = 1.0
 READY_S: Final = 60.0
 """How long to wait for what must come; far longer than it takes."""
 
-ORDINARY: Final = ("-m", "latchgate")
-PREPARED: Final = ("-m", "cluster.worker")
-"""The same command line in a process that blocks its event loop at SIGUSR1, and may have a mutant in it."""
-
 _COMPLAINT: Final = re.compile(r'"level": "critical"|"event": "work_failed"|"code": "INTERNAL"|Traceback')
 _TESTS: Final = Path(__file__).parents[1]
 # A worker that comes back is to be found at once, and a call that fails is to be seen to fail.
@@ -39,8 +35,8 @@ _CHANNEL: Final = (("grpc.enable_retries", 0), ("grpc.initial_reconnect_backoff_
 class Worker:
     """A worker: a process that may come and go, its wire, and the stubs for its present address."""
 
-    def __init__(self, name: str, wire: Wire, database_url: str, program: Sequence[str], mutant: str) -> None:
-        """Takes its name, its wire to the database, and what runs in its process."""
+    def __init__(self, name: str, wire: Wire, database_url: str, mutant: str, *, is_prepared: bool) -> None:
+        """Takes its name, its wire to the database, a mutant or none, and whether SIGUSR1 is to block it."""
         self.name = name
         self.wire = wire
         # For one fault of the process at a time.
@@ -48,7 +44,7 @@ class Worker:
         self.keys: Any = None
         self.organizations: Any = None
         self._database_url = database_url
-        self._program = tuple(program)
+        self._is_prepared = is_prepared
         self._mutant = mutant
         self._process: Latchgate | None = None
         self._channel: grpc.aio.Channel | None = None
@@ -75,10 +71,13 @@ class Worker:
             POOL_SIZE=5,
             DRAIN_SECONDS=2,
         )
-        variables |= {"PYTHONPATH": str(_TESTS), "CLUSTER_MUTANT": self._mutant}
+        if self._is_prepared:
+            path = os.pathsep.join(map(str, (_TESTS, _TESTS / "cluster" / "prepared")))
+            variables |= {"PYTHONPATH": path, "CLUSTER_MUTANT": self._mutant}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *self._program,
+            "-m",
+            "latchgate",
             "serve",
             env=variables,
             stdin=asyncio.subprocess.DEVNULL,
@@ -101,6 +100,7 @@ class Worker:
 
     async def kill(self) -> None:
         """Ends the process without a word."""
+        self.process.tell_group(signal.SIGKILL)
         await self.process.kill()
 
     async def end(self) -> None:
@@ -112,7 +112,7 @@ class Worker:
         """Ends whatever is left."""
         if self._process is not None:
             with suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGCONT)
+                self._process.tell_group(signal.SIGKILL)
             await self._process.kill()
         await self.wire.close()
         for channel in (*self._old, self._channel):
@@ -151,8 +151,7 @@ async def running_cluster(postgres: Postgres, names: str = "abc", mutant: str = 
         for name in names:
             wire = Wire(postgres.url)
             await wire.start()
-            program = PREPARED if mutant or name == names[-1] else ORDINARY
-            worker = Worker(name, wire, database_url, program, mutant)
+            worker = Worker(name, wire, database_url, mutant, is_prepared=bool(mutant) or name == names[-1])
             stack.push_async_callback(worker.close)
             workers.append(worker)
         # One after the other would take longer, and migrations wait for each other.
