@@ -39,11 +39,11 @@ async def worker_killed(cluster: Cluster, rng: Random) -> None:
 def _worker_stopped(leases: float) -> Fault:
     async def stop(cluster: Cluster, rng: Random) -> None:
         async with _some_worker(cluster, rng) as worker:
-            worker.process.tell(signal.SIGSTOP)
+            worker.process.tell_group(signal.SIGSTOP)
             try:
                 await asyncio.sleep(leases * LEASE_S)
             finally:
-                worker.process.tell(signal.SIGCONT)
+                worker.process.tell_group(signal.SIGCONT)
 
     return stop
 
@@ -53,7 +53,7 @@ async def worker_blocked(cluster: Cluster, rng: Random) -> None:
     del rng
     worker = cluster.workers[-1]
     async with worker.lock:
-        worker.process.tell(signal.SIGUSR1)
+        worker.process.tell_group(signal.SIGUSR1)
         await asyncio.sleep(2 * LEASE_S)
 
 

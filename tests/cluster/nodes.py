@@ -35,8 +35,8 @@ _CHANNEL: Final = (("grpc.enable_retries", 0), ("grpc.initial_reconnect_backoff_
 class Worker:
     """A worker: a process that may come and go, its wire, and the stubs for its present address."""
 
-    def __init__(self, name: str, wire: Wire, database_url: str, mutant: str) -> None:
-        """Takes its name, its wire to the database, and what is broken in it, if anything."""
+    def __init__(self, name: str, wire: Wire, database_url: str, mutant: str, *, is_prepared: bool) -> None:
+        """Takes its name, its wire to the database, a mutant or none, and whether SIGUSR1 is to block it."""
         self.name = name
         self.wire = wire
         # For one fault of the process at a time.
@@ -44,6 +44,7 @@ class Worker:
         self.keys: Any = None
         self.organizations: Any = None
         self._database_url = database_url
+        self._is_prepared = is_prepared
         self._mutant = mutant
         self._process: Latchgate | None = None
         self._channel: grpc.aio.Channel | None = None
@@ -66,14 +67,18 @@ class Worker:
             ROOT_TOKEN=ROOT_TOKEN,
             TAG_KEY=TAG_KEY,
             LEASE_SECONDS=LEASE_S,
+            WORKERS=1,
             POOL_SIZE=5,
             DRAIN_SECONDS=2,
         )
-        variables |= {"PYTHONPATH": str(_TESTS), "CLUSTER_MUTANT": self._mutant}
+        if self._is_prepared:
+            path = os.pathsep.join(map(str, (_TESTS, _TESTS / "cluster" / "prepared")))
+            variables |= {"PYTHONPATH": path, "CLUSTER_MUTANT": self._mutant}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "cluster.worker",
+            "latchgate",
+            "serve",
             env=variables,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -95,6 +100,7 @@ class Worker:
 
     async def kill(self) -> None:
         """Ends the process without a word."""
+        self.process.tell_group(signal.SIGKILL)
         await self.process.kill()
 
     async def end(self) -> None:
@@ -106,7 +112,7 @@ class Worker:
         """Ends whatever is left."""
         if self._process is not None:
             with suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGCONT)
+                self._process.tell_group(signal.SIGKILL)
             await self._process.kill()
         await self.wire.close()
         for channel in (*self._old, self._channel):
@@ -135,14 +141,17 @@ class Cluster:
 
 @asynccontextmanager
 async def running_cluster(postgres: Postgres, names: str = "abc", mutant: str = "") -> AsyncIterator[Cluster]:
-    """Runs a worker for each letter on a new database, until the block ends; with a mutant, all of them have it."""
+    """Runs a worker for each letter on a new database, until the block ends.
+
+    The last one is prepared; with a mutant, which all have, they all are.
+    """
     database_url = await postgres.make_database()
     async with AsyncExitStack() as stack:
         workers = []
         for name in names:
             wire = Wire(postgres.url)
             await wire.start()
-            worker = Worker(name, wire, database_url, mutant)
+            worker = Worker(name, wire, database_url, mutant, is_prepared=bool(mutant) or name == names[-1])
             stack.push_async_callback(worker.close)
             workers.append(worker)
         # One after the other would take longer, and migrations wait for each other.

@@ -292,9 +292,8 @@ class Lookup(NamedTuple):
     revision: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RateState:
-    """Where a key stands with its limit. `reset_after_s` is in seconds from now."""
+class RateState(NamedTuple):
+    """Where a key stands with its limit. `reset_after_s` is in seconds from now. A tuple, as a Verdict is."""
 
     allowed: bool
     limit: int

@@ -40,6 +40,10 @@ class _Window:
             cost += self.slots.pop()[1]
         self.slots.append((now, cost))
 
+    def seconds_until_empty(self, now: int) -> int:
+        """Says after how many seconds nothing is used any more, if nothing is added."""
+        return self.slots[-1][0] + WINDOW_SLOTS - now if self.slots else 0
+
     def seconds_until(self, now: int, room: int) -> int:
         """Says after how many seconds at most `room` is used, if nothing is added."""
         used, wait = self.used, 0
@@ -75,11 +79,11 @@ class WindowLimiter:
             self._windows[key_id] = window
             if len(self._windows) > self._max_keys:
                 self._windows.popitem(last=False)
+        remaining = limit - window.used
+        if allowed:
+            return RateState(
+                allowed=True, limit=limit, remaining=remaining, reset_after_s=float(window.seconds_until_empty(now))
+            )
         # A cost beyond the limit never fits: whoever comes back nonetheless is kept from doing so at once.
-        reset_after_s = WINDOW_SLOTS if cost > limit else window.seconds_until(now, 0 if allowed else limit - cost)
-        return RateState(
-            allowed=allowed,
-            limit=limit,
-            remaining=max(limit - window.used, 0),
-            reset_after_s=float(reset_after_s),
-        )
+        reset_after_s = WINDOW_SLOTS if cost > limit else window.seconds_until(now, limit - cost)
+        return RateState(allowed=False, limit=limit, remaining=max(remaining, 0), reset_after_s=float(reset_after_s))
