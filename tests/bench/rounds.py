@@ -207,7 +207,8 @@ class _Comparison:
         valid = grown.outcomes["VALID"]
         check_source(service.source, valid, grown.digests)
         postgres_cpu_us = None
-        if postgres_s is not None and postgres_after_s is not None:
+        # Where nothing was looked up, what is left is connections that came and went.
+        if grown.digests and postgres_s is not None and postgres_after_s is not None:
             postgres_cpu_us = (postgres_after_s - postgres_s) * 1e6 / valid
         return turn, Lookups(
             postgres_cpu_us=postgres_cpu_us,
