@@ -21,6 +21,7 @@ from latchgate.storage.embedded import EmbeddedDatabaseError, EmbeddedPostgres
 from latchgate.storage.migrate import migrate
 
 TAG_KEY = "tag-key-of-the-benchmark-0123456789abcdef"
+MAX_CONNECTIONS = 500
 URL_VARIABLE = "LATCHGATE_DATABASE_URL"
 
 MAX_TOKENS = 50_000
@@ -126,6 +127,11 @@ async def cluster(cores: Sequence[int]) -> AsyncIterator[Cluster]:
             # Not on a thread: what is started takes its cores from the thread that starts it.
             with pinned(cores):
                 embedded = EmbeddedPostgres.start(Path(folder))
+                try:
+                    await _allow_connections(await embedded.create_database())
+                finally:
+                    embedded.stop()
+                embedded = EmbeddedPostgres.start(Path(folder))
         except EmbeddedDatabaseError as error:
             # Its log is gone with the folder.
             raise BenchError(str(error).partition("; see ")[0]) from None
@@ -134,6 +140,15 @@ async def cluster(cores: Sequence[int]) -> AsyncIterator[Cluster]:
                 yield started
         finally:
             await asyncio.to_thread(embedded.stop)
+
+
+async def _allow_connections(url: str) -> None:
+    """Has the server take as many connections as the largest service of a benchmark needs, from its next start on."""
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(f"ALTER SYSTEM SET max_connections = {MAX_CONNECTIONS}")
+    finally:
+        await connection.close()
 
 
 @asynccontextmanager

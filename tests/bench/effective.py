@@ -153,7 +153,8 @@ def _page(table: str, rounds: int) -> str:
         "![Histogram of the times](effective.svg)",
         paragraph(
             "Each service ran with its number of workers and else default settings, on a database of its own on one"
-            f" embedded PostgreSQL (fsync on); {rounds} rounds took turns between them. Before each revocation the key"
+            f" embedded PostgreSQL (fsync on, up to {database.MAX_CONNECTIONS} connections);"
+            f" {rounds} rounds took turns between them. Before each revocation the key"
             " was asked for twice over two connections for each worker, so that it was in memory; after it, every one"
             " of these connections was answered with REVOKED at once, or the run would have failed. All of it, the"
             f" workers, PostgreSQL and the client, shared {len(os.sched_getaffinity(0))} cores: with 20 workers the"
