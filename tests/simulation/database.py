@@ -188,6 +188,7 @@ class Database:
                     "seen_revision": row.seen_revision,
                     "renewals": row.renewals,
                     "lease_s": row.lease_s,
+                    "timeline": self.timeline_name,
                 }
                 for incarnation, row in self.state.workers.items()
             ]
@@ -224,8 +225,10 @@ class Database:
         return rows
 
     def has_come_back(self, query: str, row: WorkerRow, compared: int) -> bool:
-        """Says whether a worker is not to be taken off, because it has renewed its row since."""
-        return row.seen_revision >= compared if query == queries.WORKER_EVICT else row.renewals != compared
+        """Says whether a worker is not to be taken off: it has renewed its row since, or the change is lost."""
+        if query == queries.WORKER_EVICT:
+            return row.seen_revision >= compared or compared > len(self.state.log)
+        return row.renewals != compared
 
     def _commit(self, write: Callable[[State], object], *, is_safe: bool) -> None:
         self._wal.append(write)

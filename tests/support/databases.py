@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import time
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
 from enum import Enum
@@ -439,6 +441,10 @@ async def fault_proxy(url: str) -> AsyncIterator[FaultProxy]:
     finally:
         await proxy.stop()
         await until(_no_request_is_cancelled)
+        # What was frozen when its owner gave it up is closed with it, by whoever finds it first.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
 async def _no_request_is_cancelled() -> bool:

@@ -15,13 +15,17 @@ MAX_LEASE_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A worker's row, as one snapshot shows it. `seen_revision` is how far its last renewal read the log."""
+    """A worker's row, as one snapshot shows it. `seen_revision` is how far its last renewal read the log.
+
+    `timeline` is the history that the server is on: another one once a standby has taken over.
+    """
 
     incarnation: UUID
     applied_revision: int
     seen_revision: int
     renewals: int
     lease_s: float
+    timeline: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

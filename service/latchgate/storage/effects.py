@@ -30,12 +30,17 @@ _log = structlog.get_logger("latchgate.coherence")
 
 @dataclass(eq=False, slots=True)
 class _Wait:
-    """A call that waits. `since_s` is a time when its change was committed already."""
+    """A call that waits. `since_s` is a time when its change was committed already.
+
+    `timeline` is the history that the rows were first read in: in another one the revision may be that of another
+    change, for which nobody is to be taken off.
+    """
 
     revision: int
     since_s: float
     remaining_s: float
     ended: asyncio.Future[None]
+    timeline: str = ""
 
     def take(self, remaining_s: float) -> None:
         self.remaining_s = remaining_s
@@ -133,10 +138,13 @@ class EffectPoller:
             members = await _members(connection)
             now_s = self._boottime()
             overdue: dict[UUID, int] = {}
+            timeline = members[0].timeline if members else ""
             for wait in asked:
                 stands = standing(wait.revision, wait.since_s, members, now_s)
                 wait.take(stands.remaining_s)
-                overdue |= {member.incarnation: wait.revision for member in stands.overdue}
+                wait.timeline = wait.timeline or timeline
+                if wait.timeline == timeline:
+                    overdue |= {member.incarnation: wait.revision for member in stands.overdue}
             for incarnation, revision in overdue.items():
                 await _evict(connection, queries.WORKER_EVICT, incarnation, revision)
         youngest_s = now_s - max(wait.since_s for wait in asked)
@@ -151,6 +159,7 @@ async def _members(connection: Connection) -> Sequence[Member]:
             seen_revision=row["seen_revision"],
             renewals=row["renewals"],
             lease_s=row["lease_s"],
+            timeline=row["timeline"],
         )
         for row in await connection.fetch(queries.WORKER_LIST)
     ]

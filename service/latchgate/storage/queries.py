@@ -304,8 +304,12 @@ FROM (SELECT set_config('synchronous_commit', 'off', true)) AS hurry
 WHERE incarnation = $1
 """
 
-# The workers, at one instant.
-WORKER_LIST = "SELECT incarnation, applied_revision, seen_revision, renewals, lease_s FROM worker"
+# The workers, at one instant, and the history that the server is on.
+WORKER_LIST = """
+SELECT incarnation, applied_revision, seen_revision, renewals, lease_s,
+       substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8) AS timeline
+FROM worker
+"""
 
 # Takes a worker off that has not renewed its row since the change $2, for which it was waited long enough. One that
 # has, be it a moment ago and unheard of, has a lease that begins after the change: the next change must wait for it.
