@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import asyncpg
@@ -30,10 +31,12 @@ from latchgate.draining import drain
 from latchgate.listening import PortError, Role, serve_metrics
 from latchgate.observability import Metrics
 from latchgate.rpc import convert
+from latchgate.rpc.answers import AnswerWriter
 from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
 from latchgate.rpc.pages import PageTokens
 from latchgate.rpc.pipeline import Backend, Pipeline
+from latchgate.rpc.recall import Recall
 from latchgate.rpc.server import KEY_SERVICE, ORGANIZATION_SERVICE, ListenError, RpcServer, make_server
 from latchgate.rpc.tls import CertificateError, ReloadingCredentials, TlsFiles
 from latchgate.storage.bootstrap import RootKey, ensure_root_key, load_tag_key
@@ -67,9 +70,8 @@ class DatabaseRefusalError(Exception):
     """The database is there and refuses what a start needs. The message says what to look at."""
 
 
-def boottime() -> float:
-    """Gives seconds that go on while the machine is suspended, unlike those of time.monotonic on Linux."""
-    return time.clock_gettime(_BOOTTIME)
+# Gives seconds that go on while the machine is suspended, unlike those of time.monotonic on Linux.
+boottime: Final[Callable[[], float]] = partial(time.clock_gettime, _BOOTTIME)
 
 
 def make_id(prefix: str) -> str:
@@ -269,6 +271,7 @@ def _backend(
 ) -> Backend:
     """Puts the use cases together."""
     store, pages = PostgresStore(parts.database), PageTokens(tag_key)
+    answers = AnswerWriter(parts.settings.answer_ttl_seconds)
     keys = KeyManager(
         store=store,
         tokens=tokens,
@@ -284,11 +287,11 @@ def _backend(
             validator=validator,
             pages=pages,
             outcomes=parts.metrics,
-            answer_ttl_s=parts.settings.answer_ttl_seconds,
+            answers=answers,
         ),
         ORGANIZATION_SERVICE.full_name: OrganizationService(organizations=organizations, pages=pages),
     }
-    return Backend(validator=validator, boottime=boottime, services=services)
+    return Backend(validator=validator, recall=Recall(validator, answers), boottime=boottime, services=services)
 
 
 Result = TypeVar("Result")

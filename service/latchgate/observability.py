@@ -6,11 +6,15 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, MutableMapping
+from itertools import accumulate
 from typing import Any, TextIO, cast
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from latchgate.domain.coherence import Reading
@@ -20,6 +24,9 @@ _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 # The last line of defence, not the first: nothing hands a token or a connection string to a logger.
 _SECRET = re.compile(r"_[0-9A-Za-z]{40,}|postgres(?:ql)?://\S+|bearer\s+\S+", re.IGNORECASE)
 _REDACTED = "[redacted]"
+
+VALIDATE = "KeyService/Validate"
+"""The method that is answered from memory, as metrics name it."""
 
 
 def _redact(value: Any) -> Any:
@@ -94,6 +101,61 @@ def _library_event(_logger: Any, _name: str, event: MutableMapping[str, Any]) ->
     return event
 
 
+class _Recalled:
+    """Implements latchgate.rpc.observers.Tally."""
+
+    def __init__(self) -> None:
+        self.quick_s = _SECONDS[0]
+        self.quick = 0
+        self.seconds = 0.0
+        self.slow_s: list[float] = []
+
+    def slow(self, seconds: float) -> None:
+        """Counts one that took longer."""
+        self.slow_s.append(seconds)
+
+
+class _Handing(Collector):
+    """Has something done before the metrics are read; shows nothing itself."""
+
+    def __init__(self, hand_on: Callable[[], None]) -> None:
+        self._hand_on = hand_on
+
+    def collect(self) -> Iterable[Metric]:
+        """Does it."""
+        self._hand_on()
+        return ()
+
+
+class _Durations(Collector):
+    """A histogram by method to which many observations can be added at once."""
+
+    def __init__(self, name: str, documentation: str) -> None:
+        self._name = name
+        self._documentation = documentation
+        # For each method the counts by bucket, those of longer than the longest last; and the sum.
+        self._counts: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
+
+    def add(self, method: str, bucket: int, count: int, seconds: float) -> None:
+        """Adds `count` observations of one bucket, which sum up to `seconds`."""
+        counts = self._counts.get(method)
+        if counts is None:
+            counts = self._counts[method] = [0] * (len(_SECONDS) + 1)
+            self._sums[method] = 0.0
+        counts[bucket] += count
+        self._sums[method] += seconds
+
+    def collect(self) -> Iterable[Metric]:
+        """Shows it."""
+        family = HistogramMetricFamily(self._name, self._documentation, labels=["method"])
+        bounds = [*map(str, _SECONDS), "+Inf"]
+        for method, counts in self._counts.items():
+            buckets = list(zip(bounds, accumulate(counts), strict=True))
+            family.add_metric([method], buckets, self._sums[method])
+        yield family
+
+
 class Metrics:
     """All metrics, on a registry of their own. Implements the observers that rpc and storage tell."""
 
@@ -102,12 +164,14 @@ class Metrics:
         self.registry = registry
         # Memory, processor time and open files, which a registry of one's own is without.
         ProcessCollector(registry=registry)
+        self.recalled = _Recalled()
+        # First, so that it has handed on what it holds before the others are read.
+        registry.register(_Handing(self._take_recalled))
         self._calls = Counter(
             "latchgate_calls", "Calls by method and gRPC status.", ["method", "code"], registry=registry
         )
-        self._call_seconds = Histogram(
-            "latchgate_call_seconds", "Time to answer a call.", ["method"], buckets=_SECONDS, registry=registry
-        )
+        self._call_seconds = _Durations("latchgate_call_seconds", "Time to answer a call.")
+        registry.register(self._call_seconds)
         self._outcomes = Counter("latchgate_outcomes", "Answers of Validate.", ["outcome"], registry=registry)
         self._lookups = Counter(
             "latchgate_lookups", "Digests asked of the database: answered or error.", ["result"], registry=registry
@@ -134,7 +198,7 @@ class Metrics:
         self._outcome_counters = {outcome: self._outcomes.labels(outcome=outcome.name) for outcome in Outcome}
         self._answered = self._lookups.labels(result="answered")
         self._failed = self._lookups.labels(result="error")
-        self._by_call: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self._by_call: dict[tuple[str, str], Counter] = {}
         self.database_up = Gauge(
             "latchgate_database_up",
             "Whether the database answers and can be written (1) or not (0).",
@@ -145,10 +209,22 @@ class Metrics:
         """A call of `method` ended with the gRPC status `code`."""
         known = self._by_call.get((method, code))
         if known is None:
-            known = self._calls.labels(method=method, code=code), self._call_seconds.labels(method=method)
-            self._by_call[method, code] = known
-        known[0].inc()
-        known[1].observe(seconds)
+            known = self._by_call[method, code] = self._calls.labels(method=method, code=code)
+        known.inc()
+        self._call_seconds.add(method, bisect_left(_SECONDS, seconds), 1, seconds)
+
+    def _take_recalled(self) -> None:
+        """Counts what was answered from memory since it was last asked."""
+        recalled = self.recalled
+        count, seconds, slow = recalled.quick, recalled.seconds, recalled.slow_s
+        recalled.quick, recalled.seconds, recalled.slow_s = 0, 0.0, []
+        if count:
+            self._calls.labels(method=VALIDATE, code="OK").inc(count)
+            self._outcome_counters[Outcome.VALID].inc(count)
+            self._call_seconds.add(VALIDATE, 0, count, seconds)
+        for each in slow:
+            self.finished(VALIDATE, "OK", each)
+            self.outcome(Outcome.VALID)
 
     def outcome(self, outcome: Outcome) -> None:
         """A token was judged."""

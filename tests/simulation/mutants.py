@@ -13,11 +13,11 @@ from typing import Any, Final, cast
 from unittest import mock
 from uuid import UUID
 
-from latchgate.domain.cache import KeyCache, _Entry
+from latchgate.domain.cache import KeyCache
 from latchgate.domain.coherence import Coherence, DatabaseClock, LeaseTerms, LogReading, Reading
 from latchgate.domain.effects import Member
 from latchgate.domain.errors import StorageUnavailableError
-from latchgate.domain.model import KeyRecord, Lookup
+from latchgate.domain.model import Lookup
 from latchgate.storage import effects as effects_module
 from latchgate.storage import queries
 from latchgate.storage.coherence import Membership
@@ -132,7 +132,7 @@ async def _fetch_acknowledging(self: Connection, query: str, *args: object) -> l
 
 def _clock_from_reply(self: DatabaseClock, now_s: float, *, sent_s: float, heard_s: float) -> None:
     del sent_s
-    self._most_s = now_s - heard_s
+    self.ahead_s = now_s - heard_s
 
 
 def _endless_lease(self: Coherence, reading: LogReading, *, sent_s: float, is_renewal: bool) -> Reading:
@@ -158,17 +158,9 @@ async def _look_once(self: EffectPoller, asked: Any) -> float:
         return float("1e9")
 
 
-def _put_in_wrong_order(self: KeyCache, digest: bytes, record: KeyRecord, until_s: float) -> None:
-    known = self._entries.get(digest)
-    if known is not None:
-        self._remove(known)
-    entry = _Entry(digest, record, self._organization(record), until_s)
-    entry.slot = self._slot()
-    self._ring[entry.slot] = entry
-    entry.organization.entries += 1
-    entry.sibling = self._by_key.get(record.key_id)
-    self._by_key[record.key_id] = entry
-    self._entries[digest] = entry
+def _forget_unsaid(self: KeyCache, organization: Any) -> None:
+    self._organizations.pop(organization.id, None)
+    self._plans.pop(organization.plan_id, None)
 
 
 def _drop_newest_alone(self: KeyCache, key_id: str) -> None:
@@ -201,7 +193,7 @@ MUTANTS: Final[dict[str, Sequence[Replacement]]] = {
     "database's clock counted from the reply": [(DatabaseClock, "hear", _clock_from_reply)],
     "wait given up while the database is away": [(EffectPoller, "_look", _look_once)],
     "second secret of a key kept": [(KeyCache, "drop_key", _drop_newest_alone)],
-    "organization unknown when its last record makes place": [(KeyCache, "put", _put_in_wrong_order)],
+    "records go on with an organization that is let go of": [(KeyCache, "_forget", _forget_unsaid)],
 }
 
 

@@ -42,7 +42,7 @@ def test_schedules_meet_what_they_are_for() -> None:
     """
     met: set[object] = set()
     from_memory = 0
-    for seed in range(40):
+    for seed in range(80):
         simulation = Simulation(seed)
         simulation.run()
         from_memory += simulation.from_memory

@@ -71,7 +71,7 @@ def test_a_verdict_without_record_makes_none() -> None:
 
 def test_rate_limited_callers_are_told_when_to_come_back() -> None:
     """A caller over its limit hears for how long to wait."""
-    rate = RateState(allowed=False, limit=60, remaining=0, reset_after_s=17.0)
+    rate = RateState(allowed=False, limit=60, remaining=0, reset_after_s=17)
     with pytest.raises(CallerRateLimitedError) as caught:
         caller_of(VERDICT._replace(outcome=Outcome.RATE_LIMITED, rate=rate))
     assert 17.0 == caught.value.retry_after_s

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from latchgate.domain.ratelimit import WindowLimiter
+from latchgate.domain.ratelimit import MAX_CHANCES, WindowLimiter
 from support.records import ManualClock
 
 KEY = "key_1"
@@ -203,3 +203,15 @@ def test_the_longest_minute_between_two_bursts() -> None:
     admitted = bench.run(10, [(100, 1)] * 2000)
     bursts = [time_ms for (earlier_ms, _), (time_ms, _) in pairwise(admitted) if time_ms - earlier_ms > 1000]
     assert [61_000, 122_000, 183_000] == bursts
+
+
+def test_search_for_a_key_to_forget_is_bounded() -> None:
+    """Where all keys are in use, the one that comes first is forgotten after so many chances: counting stays short."""
+    count = 3 * MAX_CHANCES
+    bench = Bench(max_keys=count)
+    for _ in range(2):
+        for number in range(count):
+            bench.limiter.take(f"key_{number}", 9, 1)
+    bench.limiter.take("new", 9, 1)
+    forgotten = [number for number in range(count) if bench.limiter.take(f"key_{number}", 9, 0).remaining == 9]
+    assert MAX_CHANCES == forgotten[0]

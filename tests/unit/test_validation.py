@@ -23,7 +23,7 @@ from latchgate.domain.model import Environment, KeyRecord, KeyType, Lookup, Outc
 from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.rules import normal_cidrs
 from latchgate.domain.token import TokenFormat, digest
-from latchgate.domain.validation import ForeignLookupBudget, Validator
+from latchgate.domain.validation import ForeignLookupBudget, Need, Validator, fingerprint
 from support.records import INSTANT_S, KEY_RECORD, NOW_S, ManualClock, bound_to, granting
 
 CONTRACT = Path(__file__).parents[2] / "protos/apikeys/v1/key_service.proto"
@@ -90,7 +90,7 @@ class ScriptedLimiter:
     def take(self, key_id: str, limit: int, cost: int) -> RateState:
         """Answers with a state of the scripted kind."""
         self.asked.append((key_id, limit, cost))
-        return RateState(allowed=self.allowed, limit=limit, remaining=3, reset_after_s=4.0)
+        return RateState(allowed=self.allowed, limit=limit, remaining=3, reset_after_s=4)
 
 
 class MemoryUsage:
@@ -118,18 +118,18 @@ class ScriptedMemory:
         """Tells the scene's time."""
         return self.clock()
 
-    def find(self, digest: bytes, min_revision: int) -> Lookup | None:
+    def find(self, fingerprint: bytes, min_revision: int) -> Lookup | None:
         """Gives what it was told, if there is anything."""
-        self.asked.append((digest, min_revision))
+        self.asked.append((fingerprint, min_revision))
         return self.known
 
-    def keep(self, digest: bytes, lookup: Lookup, *, sent_s: float) -> None:
+    def keep(self, fingerprint: bytes, lookup: Lookup, *, sent_s: float) -> None:
         """Takes note."""
-        self.kept.append((digest, lookup, sent_s))
+        self.kept.append((fingerprint, lookup, sent_s))
 
-    def keep_unknown(self, digest: bytes, lookup: Lookup, *, sent_s: float) -> None:
+    def keep_unknown(self, fingerprint: bytes, lookup: Lookup, *, sent_s: float) -> None:
         """Takes note."""
-        self.kept_unknown.append((digest, lookup, sent_s))
+        self.kept_unknown.append((fingerprint, lookup, sent_s))
 
 
 class Scene:
@@ -194,6 +194,11 @@ def scene_with(*outcomes: Outcome) -> Scene:
     return scene
 
 
+def known_by(token: str) -> bytes:
+    """Gives what memory knows a token by."""
+    return fingerprint(token.encode())
+
+
 def invented(number: int) -> str:
     """Makes up a foreign token."""
     return f"made-up-token-{number:08}"
@@ -210,7 +215,7 @@ def test_order_is_the_documented_one() -> None:
 async def test_valid() -> None:
     """A good token is answered with everything that a gateway may want to know."""
     verdict = await scene_of().validate()
-    rate = RateState(allowed=True, limit=60, remaining=3, reset_after_s=4.0)
+    rate = RateState(allowed=True, limit=60, remaining=3, reset_after_s=4)
     assert Verdict(outcome=Outcome.VALID, revision=REVISION, now_s=NOW_S, record=RECORD, rate=rate) == verdict
 
 
@@ -292,7 +297,7 @@ async def test_keys_without_limit() -> None:
 async def test_rate_limited_says_when_to_come_back() -> None:
     """A refusal for the rate carries the state of the limit."""
     verdict = await scene_with(Outcome.RATE_LIMITED).validate()
-    assert RateState(allowed=False, limit=60, remaining=3, reset_after_s=4.0) == verdict.rate
+    assert RateState(allowed=False, limit=60, remaining=3, reset_after_s=4) == verdict.rate
 
 
 async def test_with_the_real_limiter() -> None:
@@ -657,7 +662,7 @@ async def test_what_memory_knows_costs_no_lookup() -> None:
     scene = Scene(per_second=0)
     for token in (TOKEN, FOREIGN_TOKEN):
         scene.memory.known = KNOWN
-        rate = RateState(allowed=True, limit=60, remaining=3, reset_after_s=4.0)
+        rate = RateState(allowed=True, limit=60, remaining=3, reset_after_s=4)
         assert Verdict(Outcome.VALID, KNOWN.revision, KNOWN.now_s, RECORD, rate) == await scene.validate(token)
     assert ([], []) == (scene.reader.asked, scene.memory.kept)
     assert [(RECORD.secret_id, KNOWN.now_s)] * 2 == scene.usage.recorded
@@ -684,7 +689,7 @@ async def test_memory_is_asked_for_the_revision_of_the_request() -> None:
     """It is memory that knows whether it holds the change that was asked for; what it can not say, storage is asked."""
     scene = scene_of(KEY_RECORD)
     await scene.validator.validate(TOKEN, min_revision=REVISION)
-    assert [(digest(TOKEN), REVISION)] == scene.memory.asked
+    assert [(known_by(TOKEN), REVISION)] == scene.memory.asked
     assert [digest(TOKEN)] == scene.reader.asked
 
 
@@ -702,7 +707,7 @@ async def test_what_was_looked_up_is_kept(token: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(scene.reader, "find", find_slowly)
     await scene.validate(token)
-    assert [(digest(token), Lookup(RECORD, NOW_S, REVISION), sent_s)] == scene.memory.kept
+    assert [(known_by(token), Lookup(RECORD, NOW_S, REVISION), sent_s)] == scene.memory.kept
     assert [] == scene.memory.kept_unknown
 
 
@@ -712,7 +717,7 @@ async def test_only_foreign_tokens_are_kept_as_unknown() -> None:
     sent_s = scene.clock()
     await scene.validate(TOKEN)
     await scene.validate(FOREIGN_TOKEN)
-    assert [(digest(FOREIGN_TOKEN), Lookup(None, NOW_S, REVISION), sent_s)] == scene.memory.kept_unknown
+    assert [(known_by(FOREIGN_TOKEN), Lookup(None, NOW_S, REVISION), sent_s)] == scene.memory.kept_unknown
     assert not [record for _, (record, *_), _ in scene.memory.kept if record is not None]
 
 
@@ -741,3 +746,87 @@ async def test_ends_come_while_a_key_is_in_memory() -> None:
     for now_s, outcome in ((NOW_S - INSTANT_S, Outcome.VALID), (NOW_S, Outcome.EXPIRED)):
         scene.memory.known = Lookup(ending, now_s, REVISION)
         assert outcome is (await scene.validator.validate(TOKEN)).outcome
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [(), *((each,) for each in ORDER), *combinations(ORDER, 2)],
+    ids=lambda outcomes: "+".join(outcome.value for outcome in outcomes) or "valid",
+)
+async def test_what_is_recalled_is_what_would_be_found(outcomes: tuple[Outcome, ...]) -> None:
+    """What is answered from memory in one go is the very answer that would be found out otherwise, and is VALID; of all
+    else nothing is said, charged or recorded.
+    """
+    scene = scene_with(*outcomes)
+    record = None if Outcome.NOT_FOUND in outcomes else scene.reader.records[digest(TOKEN)]
+    scene.memory.known = Lookup(record, NOW_S, REVISION)
+    recalled = scene.validator.recall(TOKEN.encode(), Need.of(NEEDED, CLIENT_IP, 5, REVISION))
+    assert [(known_by(TOKEN), REVISION)] == scene.memory.asked
+    if outcomes:
+        assert recalled is None
+        assert [] == scene.usage.recorded
+        assert scene.limiter.asked == ([(RECORD.key_id, 60, 5)] if outcomes == (Outcome.RATE_LIMITED,) else [])
+        return
+    assert [(RECORD.key_id, 60, 5)] == scene.limiter.asked
+    assert [(RECORD.secret_id, NOW_S)] == scene.usage.recorded
+    assert await scene.validate() == recalled
+
+
+ADDRESSES = ("", "192.0.2.1", "198.51.100.1", "::ffff:192.0.2.1", "2001:db8::1")
+permission_sets = st.lists(st.sampled_from(["orders:read", "orders:write", "orders:*", "*", "read"]), max_size=3)
+
+
+@given(
+    granted=permission_sets,
+    needed=permission_sets,
+    networks=st.sets(st.sampled_from(["192.0.2.0/24", "2001:db8::/32"])),
+    client_ip=st.sampled_from(ADDRESSES),
+    limit=st.sampled_from([0, 60]),
+    ahead_s=st.sampled_from([-INSTANT_S, 0.0, INSTANT_S]),
+    second_ahead_s=st.sampled_from([-INSTANT_S, 0.0, INSTANT_S]),
+)
+async def test_recalled_is_what_is_valid(
+    granted: list[str],
+    needed: list[str],
+    networks: set[str],
+    client_ip: str,
+    limit: int,
+    ahead_s: float,
+    second_ahead_s: float,
+) -> None:
+    """Whatever a key may do and a request needs: what is recalled is what is VALID, and nothing else is."""
+    record = replace(
+        bound_to(granting(KEY_RECORD, *granted), *sorted(networks)),
+        rate_limit_per_minute=limit,
+        expire_s=NOW_S + ahead_s,
+        secret_end_s=NOW_S + second_ahead_s,
+    )
+    scene = Scene()
+    scene.memory.known = Lookup(record, NOW_S, REVISION)
+    found = await scene.validator.validate(TOKEN, required_permissions=needed, client_ip=client_ip)
+    recalled = scene.validator.recall(TOKEN.encode(), Need.of(needed, client_ip, 1, 0))
+    assert (found if found.outcome is Outcome.VALID else None) == recalled
+
+
+def test_nothing_is_recalled_of_what_memory_does_not_know() -> None:
+    """Memory that says nothing is not taken for a yes."""
+    assert Scene().validator.recall(TOKEN.encode(), Need.of((), "", 1, 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("permissions", "client_ip", "cost", "min_revision", "field"),
+    [
+        (["read"] * 101, "", 1, 0, "required_permissions"),
+        ((), "10.0.0.0/8", 1, 0, "client_ip"),
+        ((), "", 1_000_001, 0, "cost"),
+        ((), "", -1, 0, "cost"),
+        ((), "", 1, -1, "min_revision"),
+    ],
+)
+def test_needs_that_make_no_sense(
+    permissions: list[str], client_ip: str, cost: int, min_revision: int, field: str
+) -> None:
+    """What a request needs is checked before it is kept for others."""
+    with pytest.raises(InvalidFieldError) as caught:
+        Need.of(permissions, client_ip, cost, min_revision)
+    assert [field] == [named for named, _ in caught.value.violations]

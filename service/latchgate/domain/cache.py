@@ -10,24 +10,14 @@ from latchgate.domain.model import KeyRecord
 MAX_CHANCES = 64
 
 
-class _Plan:
-    """What all organizations of one plan share, so that all their keys are dropped at once."""
-
-    __slots__ = ("is_current",)
-
-    def __init__(self) -> None:
-        self.is_current = True
-
-
 class _Organization:
     """What all entries of one organization share, so that they are dropped at once; `entries` counts them."""
 
-    __slots__ = ("entries", "id", "is_current", "plan", "plan_id")
+    __slots__ = ("entries", "id", "is_current", "plan_id")
 
-    def __init__(self, id_: str, plan_id: str, plan: _Plan) -> None:
+    def __init__(self, id_: str, plan_id: str) -> None:
         self.id = id_
         self.plan_id = plan_id
-        self.plan = plan
         self.is_current = True
         self.entries = 0
 
@@ -70,12 +60,11 @@ class KeyCache:
         entry = self._entries.get(digest)
         if entry is None:
             return None
-        organization = entry.organization
-        if entry.until_s <= now_s or not organization.is_current or not organization.plan.is_current:
-            self._remove(entry)
-            return None
-        entry.is_used = True
-        return entry.record
+        if entry.until_s > now_s and entry.organization.is_current:
+            entry.is_used = True
+            return entry.record
+        self._remove(entry)
+        return None
 
     def put(self, digest: bytes, record: KeyRecord, until_s: float) -> None:
         """Holds a record until a time of the caller's clock, in seconds."""
@@ -99,37 +88,45 @@ class KeyCache:
 
     def drop_organization(self, organization_id: str) -> None:
         """Forgets all keys of an organization, in a time that does not depend on how many they are."""
-        organization = self._organizations.pop(organization_id, None)
+        organization = self._organizations.get(organization_id)
         if organization is not None:
-            organization.is_current = False
+            self._forget(organization)
 
     def drop_plan(self, plan_id: str) -> None:
-        """Forgets all keys of all organizations of a plan, likewise."""
-        plan = self._plans.pop(plan_id, None)
-        if plan is not None:
-            plan.is_current = False
+        """Forgets all keys of all organizations of a plan, in a time that depends on the number of organizations."""
+        for organization in tuple(self._plans.get(plan_id, ())):
+            self._forget(organization)
 
     def clear(self) -> None:
         """Forgets everything."""
         self._entries: dict[bytes, _Entry] = {}
         self._by_key: dict[str, _Entry] = {}
         self._organizations: dict[str, _Organization] = {}
-        self._plans: dict[str, _Plan] = {}
+        self._plans: dict[str, set[_Organization]] = {}
         self._ring: list[_Entry | None] = []
         self._free: list[int] = []
         self._hand = 0
 
     def _organization(self, record: KeyRecord) -> _Organization:
         known = self._organizations.get(record.organization_id)
-        if known is not None and known.plan_id == record.plan_id and known.plan.is_current:
-            return known
         if known is not None:
+            if known.plan_id == record.plan_id:
+                return known
             # It has another plan by now: what was read under the former one is of the past.
-            known.is_current = False
-        plan = self._plans.setdefault(record.plan_id, _Plan())
-        organization = _Organization(record.organization_id, record.plan_id, plan)
-        self._organizations[record.organization_id] = organization
+            self._forget(known)
+        organization = _Organization(record.organization_id, record.plan_id)
+        self._organizations[organization.id] = organization
+        self._plans.setdefault(organization.plan_id, set()).add(organization)
         return organization
+
+    def _forget(self, organization: _Organization) -> None:
+        """Lets go of an organization; its entries are found to be of the past when they are asked for."""
+        organization.is_current = False
+        del self._organizations[organization.id]
+        siblings = self._plans[organization.plan_id]
+        siblings.discard(organization)
+        if not siblings:
+            del self._plans[organization.plan_id]
 
     def _slot(self) -> int:
         """Gives a free place in the ring; makes one if there is none."""
@@ -172,8 +169,8 @@ class KeyCache:
         self._unlink(entry)
         organization = entry.organization
         organization.entries -= 1
-        if not organization.entries and self._organizations.get(organization.id) is organization:
-            del self._organizations[organization.id]
+        if not organization.entries and organization.is_current:
+            self._forget(organization)
 
     def _unlink(self, entry: _Entry) -> None:
         key_id = entry.record.key_id

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Final, NamedTuple
 
 from latchgate.domain.cache import KeyCache
@@ -91,6 +92,10 @@ class Reading(Enum):
     """The log is shorter than it was: the database has lost changes that were called effective."""
 
 
+# What the class itself does, without a call of Python's own for each.
+_lookup = partial(tuple.__new__, Lookup)
+
+
 class Coherence:
     """What a worker has in memory, and whether it may answer from it.
 
@@ -121,29 +126,29 @@ class Coherence:
         """The clock by which leases end and rows are held."""
         return self._boottime()
 
-    def find(self, digest: bytes, min_revision: int) -> Lookup | None:
+    def find(self, fingerprint: bytes, min_revision: int) -> Lookup | None:
         """Answers from memory, if there is a lease now and all changes up to `min_revision` are applied."""
         now_s = self._boottime()
         if now_s < self._lease_until_s and self.applied_revision >= min_revision:
-            record = self.cache.get(digest, now_s)
-            if record is not None or self._unknown.get(digest, NEVER) > now_s:
+            record = self.cache.get(fingerprint, now_s)
+            if record is not None or self._unknown.get(fingerprint, NEVER) > now_s:
                 self.hits += 1
-                return Lookup(record, self._clock.at(now_s), self.applied_revision)
+                return _lookup((record, now_s + self._clock.ahead_s, self.applied_revision))
         return None
 
-    def keep(self, digest: bytes, lookup: Lookup, *, sent_s: float) -> None:
+    def keep(self, fingerprint: bytes, lookup: Lookup, *, sent_s: float) -> None:
         """Holds what a statement has found that was sent at `sent_s`, unless something newer is known already.
 
         Whatever was applied since the statement read is not in what it read: such a row would never be dropped.
         """
         if lookup.record is not None and self._is_current(lookup, sent_s):
-            self.cache.put(digest, lookup.record, sent_s + MAX_AGE_S)
+            self.cache.put(fingerprint, lookup.record, sent_s + MAX_AGE_S)
 
-    def keep_unknown(self, digest: bytes, lookup: Lookup, *, sent_s: float) -> None:
+    def keep_unknown(self, fingerprint: bytes, lookup: Lookup, *, sent_s: float) -> None:
         """Holds that a token of a foreign format is none, for a short time and until any key changes."""
         if not self._is_current(lookup, sent_s):
             return
-        self._unknown[digest] = sent_s + UNKNOWN_AGE_S
+        self._unknown[fingerprint] = sent_s + UNKNOWN_AGE_S
         if len(self._unknown) > MAX_UNKNOWN:
             self._unknown.popitem(last=False)
 
@@ -213,20 +218,21 @@ class DatabaseClock:
 
     def __init__(self) -> None:
         self._least_s = NEVER
-        self._most_s = float("inf")
+        # What is to be added to a local time for the database's.
+        self.ahead_s = float("inf")
         self._heard_s = 0.0
 
     def at(self, local_s: float) -> float:
         """Gives the database's time, in seconds since 1970, at a local time."""
-        return local_s + self._most_s
+        return local_s + self.ahead_s
 
     def hear(self, now_s: float, *, sent_s: float, heard_s: float) -> None:
         """Takes note of what the database's clock showed between two local times."""
         least_s, most_s = now_s - heard_s, now_s - sent_s
         drift_s = CLOCK_DRIFT * max(heard_s - self._heard_s, 0.0)
-        least_known_s, most_known_s = self._least_s - drift_s, self._most_s + drift_s
+        least_known_s, most_known_s = self._least_s - drift_s, self.ahead_s + drift_s
         self._heard_s = heard_s
         if least_s > most_known_s or most_s < least_known_s:
-            self._least_s, self._most_s = least_s, most_s
+            self._least_s, self.ahead_s = least_s, most_s
         else:
-            self._least_s, self._most_s = max(least_s, least_known_s), min(most_s, most_known_s)
+            self._least_s, self.ahead_s = max(least_s, least_known_s), min(most_s, most_known_s)

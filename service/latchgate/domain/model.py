@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import NamedTuple
 
 from latchgate.domain.permissions import Grants
 
+Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 ROOT_ORGANIZATION_ID = "org_root"
@@ -264,6 +265,9 @@ class KeyRecord:
 
     `rate_limit_per_minute` is the effective one; 0 means none. Ends are in seconds since 1970 of the database's clock;
     infinite where none is set. `shown` is the KeyIdentity as the transport has written it.
+
+    `good_until_s` is told from the others: until then, of the same clock, nothing about the key itself is to be said
+    against its use.
     """
 
     secret_id: int
@@ -279,6 +283,12 @@ class KeyRecord:
     expire_s: float
     secret_end_s: float
     shown: bytes
+    good_until_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Tells until when the key is good."""
+        is_good = self.active and self.organization_active and not self.revoked
+        object.__setattr__(self, "good_until_s", min(self.expire_s, self.secret_end_s) if is_good else -math.inf)
 
 
 class Lookup(NamedTuple):
@@ -293,12 +303,12 @@ class Lookup(NamedTuple):
 
 
 class RateState(NamedTuple):
-    """Where a key stands with its limit. `reset_after_s` is in seconds from now. A tuple, as a Verdict is."""
+    """Where a key stands with its limit. `reset_after_s` is in whole seconds from now. A tuple, as a Verdict is."""
 
     allowed: bool
     limit: int
     remaining: int
-    reset_after_s: float
+    reset_after_s: int
 
 
 class Verdict(NamedTuple):

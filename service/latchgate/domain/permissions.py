@@ -28,19 +28,22 @@ def _covers(grant: Sequence[str], needed: Sequence[str]) -> bool:
 
 
 class Grants:
-    """The permissions of one key, prepared for matching: exact ones by a set, wildcards one by one."""
+    """The permissions of one key, prepared for matching: exact ones by a set, wildcards one by one.
 
-    __slots__ = ("_exact", "_wildcards")
+    What is in `exact` is granted; so may be what is not.
+    """
+
+    __slots__ = ("_wildcards", "exact")
 
     def __init__(self, permissions: Iterable[str]) -> None:
         """Takes permissions that were checked for their form when they were stored."""
         permissions = tuple(permissions)
-        self._exact = frozenset(permissions)
+        self.exact = frozenset(permissions)
         self._wildcards = tuple(tuple(each.split(":")) for each in permissions if WILDCARD in each)
 
     def cover(self, needed: str) -> bool:
         """Says whether the permission `needed` is granted."""
-        if needed in self._exact:
+        if needed in self.exact:
             return True
         if not self._wildcards:
             return False

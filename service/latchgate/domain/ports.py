@@ -32,18 +32,18 @@ class KeyReader(Protocol):
 
 
 class KeyMemory(Protocol):
-    """Knows without asking storage, while it may."""
+    """Knows without asking storage, while it may. It knows tokens by their fingerprints."""
 
     def now_s(self) -> float:
         """The clock of `sent_s`, in seconds."""
 
-    def find(self, digest: bytes, min_revision: int) -> Lookup | None:
+    def find(self, fingerprint: bytes, min_revision: int) -> Lookup | None:
         """Answers from a state that is as good as storage's, and holds all changes up to `min_revision`; or not."""
 
-    def keep(self, digest: bytes, lookup: Lookup, *, sent_s: float) -> None:
+    def keep(self, fingerprint: bytes, lookup: Lookup, *, sent_s: float) -> None:
         """Takes note of what storage said of a token when it was asked at `sent_s` of the clock or later."""
 
-    def keep_unknown(self, digest: bytes, lookup: Lookup, *, sent_s: float) -> None:
+    def keep_unknown(self, fingerprint: bytes, lookup: Lookup, *, sent_s: float) -> None:
         """Takes note that a token of a foreign format is none, likewise."""
 
 

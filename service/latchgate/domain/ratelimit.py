@@ -9,54 +9,67 @@ One worker's memory is one limit. A limit shared by several workers is another i
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 from latchgate.domain.model import RateState
 
 WINDOW_SLOTS = 61
 # A key that is used all the time takes some 7 KB, one that is idle 1 KB.
 MAX_KEYS = 100_000
+# How many windows get a second chance before one has to go.
+MAX_CHANCES = 64
+
+# What the class itself does, without a call of Python's own for each.
+_state = partial(tuple.__new__, RateState)
 
 
 class _Window:
-    """The slots of one key that hold anything, oldest first, and their sum."""
+    """The newest slot of one key and its cost, those before it that hold anything, oldest first, and the sum of all."""
 
-    __slots__ = ("slots", "used")
+    __slots__ = ("cost", "is_used", "older", "slot", "used")
 
-    def __init__(self) -> None:
-        self.slots: deque[tuple[int, int]] = deque()
+    def __init__(self, now: int) -> None:
+        self.slot = now
+        self.cost = 0
+        self.older: list[tuple[int, int]] = []
         self.used = 0
+        self.is_used = False
 
-    def forget(self, now: int) -> None:
-        """Drops the slots that have left the window."""
-        while self.slots and self.slots[0][0] <= now - WINDOW_SLOTS:
-            self.used -= self.slots.popleft()[1]
+    def move_to(self, now: int) -> None:
+        """Makes `now` the newest slot, and drops those that have left the window by then."""
+        older = self.older
+        if self.cost:
+            older.append((self.slot, self.cost))
+            self.cost = 0
+        self.slot = now
+        while older and older[0][0] <= now - WINDOW_SLOTS:
+            self.used -= older.pop(0)[1]
 
-    def add(self, now: int, cost: int) -> None:
-        """Counts a cost in the current slot."""
-        self.used += cost
-        if self.slots and self.slots[-1][0] == now:
-            cost += self.slots.pop()[1]
-        self.slots.append((now, cost))
-
-    def seconds_until_empty(self, now: int) -> int:
+    def seconds_until_empty(self) -> int:
         """Says after how many seconds nothing is used any more, if nothing is added."""
-        return self.slots[-1][0] + WINDOW_SLOTS - now if self.slots else 0
+        if self.cost:
+            return WINDOW_SLOTS
+        return self.older[-1][0] + WINDOW_SLOTS - self.slot if self.older else 0
 
-    def seconds_until(self, now: int, room: int) -> int:
+    def seconds_until(self, room: int) -> int:
         """Says after how many seconds at most `room` is used, if nothing is added."""
         used, wait = self.used, 0
-        for slot, cost in self.slots:
+        for slot, cost in (*self.older, (self.slot, self.cost)):
             if used <= room:
                 break
             used -= cost
-            wait = slot + WINDOW_SLOTS - now
+            wait = slot + WINDOW_SLOTS - self.slot
         return wait
 
 
 class WindowLimiter:
-    """Keeps every key within its limit, for as many keys as `max_keys`; beyond it the longest unused is forgotten."""
+    """Keeps every key within its limit, for as many keys as `max_keys`.
+
+    Beyond it the one goes that came first of those that were not used since they were last looked at (CLOCK, as in
+    latchgate.domain.cache).
+    """
 
     def __init__(self, monotonic: Callable[[], float], max_keys: int = MAX_KEYS) -> None:
         """Takes a clock in seconds that never goes back."""
@@ -69,21 +82,31 @@ class WindowLimiter:
         now = int(self._monotonic())
         window = self._windows.get(key_id)
         if window is None:
-            window = _Window()
+            window = self._open(key_id, now)
         else:
-            self._windows.move_to_end(key_id)
-            window.forget(now)
-        allowed = window.used + cost <= limit
-        if allowed and cost:
-            window.add(now, cost)
-            self._windows[key_id] = window
-            if len(self._windows) > self._max_keys:
-                self._windows.popitem(last=False)
-        remaining = limit - window.used
-        if allowed:
-            return RateState(
-                allowed=True, limit=limit, remaining=remaining, reset_after_s=float(window.seconds_until_empty(now))
-            )
+            window.is_used = True
+            if window.slot != now:
+                window.move_to(now)
+        used = window.used + cost
+        if used <= limit:
+            window.used = used
+            window.cost += cost
+            reset_after_s = WINDOW_SLOTS if window.cost else window.seconds_until_empty()
+            return _state((True, limit, limit - used, reset_after_s))
         # A cost beyond the limit never fits: whoever comes back nonetheless is kept from doing so at once.
-        reset_after_s = WINDOW_SLOTS if cost > limit else window.seconds_until(now, limit - cost)
-        return RateState(allowed=False, limit=limit, remaining=max(remaining, 0), reset_after_s=float(reset_after_s))
+        reset_after_s = WINDOW_SLOTS if cost > limit else window.seconds_until(limit - cost)
+        return _state((False, limit, max(limit - window.used, 0), reset_after_s))
+
+    def _open(self, key_id: str, now: int) -> _Window:
+        """Begins to count for a key; makes room for it first."""
+        windows = self._windows
+        if len(windows) >= self._max_keys:
+            for _ in range(MAX_CHANCES):
+                oldest, window = next(iter(windows.items()))
+                if not window.is_used:
+                    break
+                window.is_used = False
+                windows.move_to_end(oldest)
+            windows.popitem(last=False)
+        window = windows[key_id] = _Window(now)
+        return window

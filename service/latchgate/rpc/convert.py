@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
 from typing import Final
 from uuid import UUID
 
@@ -30,7 +29,6 @@ from latchgate.domain.model import (
     Scope,
     ScopeSource,
     Secret,
-    Verdict,
 )
 from latchgate.domain.organizations import OrganizationChanges, PlanChanges
 
@@ -53,7 +51,7 @@ _STATE: Final = {
     KeyState.REVOKED: key_pb2.KEY_STATE_REVOKED,
     KeyState.DELETED: key_pb2.KEY_STATE_DELETED,
 }
-_OUTCOME: Final = {
+OUTCOME: Final = {
     Outcome.VALID: key_service_pb2.OUTCOME_VALID,
     Outcome.NOT_FOUND: key_service_pb2.OUTCOME_NOT_FOUND,
     Outcome.REVOKED: key_service_pb2.OUTCOME_REVOKED,
@@ -311,36 +309,6 @@ def identity(key: KeyIdentity) -> bytes:
         _set_seconds(message.expire_time, key.end_s)
     if key.metadata:
         message.metadata.update(key.metadata)
-    return message.SerializeToString()
-
-
-def validate_response(verdict: Verdict, ttl_s: float = 0.0) -> bytes:
-    """Writes a verdict as a ValidateResponse: what was written of the key when it was loaded, and what is new.
-
-    `ttl_s` is for how long a VALID answer may be used again, if the key has no limit to be counted against.
-    """
-    record, rate = verdict.record, verdict.rate
-    if record is None:
-        return _told(verdict.outcome, verdict.revision, 0)
-    if rate is None:
-        if ttl_s and verdict.outcome is Outcome.VALID:
-            ttl_s = min(ttl_s, record.expire_s - verdict.now_s, record.secret_end_s - verdict.now_s)
-            return record.shown + _told(verdict.outcome, verdict.revision, int(ttl_s * 1000))
-        return record.shown + _told(verdict.outcome, verdict.revision, 0)
-    told = _told(verdict.outcome, verdict.revision, 0)
-    limit = key_service_pb2.ValidateResponse()
-    limit.rate_limit.limit = rate.limit
-    limit.rate_limit.remaining = rate.remaining
-    _set_seconds(limit.rate_limit.reset_time, verdict.now_s + rate.reset_after_s)
-    return record.shown + told + limit.SerializeToString()
-
-
-@lru_cache(maxsize=1024)
-def _told(outcome: Outcome, revision: int, ttl_ms: int) -> bytes:
-    """Writes what many answers have in common."""
-    message = key_service_pb2.ValidateResponse(outcome=_OUTCOME[outcome], revision=revision)
-    if ttl_ms:
-        message.cache_ttl.FromMilliseconds(ttl_ms)
     return message.SerializeToString()
 
 

@@ -13,6 +13,7 @@ from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import Caller, Verdict
 from latchgate.domain.validation import Validator
 from latchgate.rpc import convert
+from latchgate.rpc.answers import AnswerWriter
 from latchgate.rpc.observers import OutcomeObserver
 from latchgate.rpc.pages import PageTokens, fitting, page_size
 
@@ -29,10 +30,10 @@ class KeyService:
         validator: Validator,
         pages: PageTokens,
         outcomes: OutcomeObserver,
-        answer_ttl_s: float,
+        answers: AnswerWriter,
     ) -> None:
-        """Takes the use cases, who is told of outcomes, and for how long answers may be used again."""
-        self._answer_ttl_s = answer_ttl_s
+        """Takes the use cases, who is told of outcomes, and who writes answers of Validate."""
+        self._answers = answers
         self._keys = keys
         self._validator = validator
         self._pages = pages
@@ -110,14 +111,14 @@ class KeyService:
     async def validate(self, request: pb.ValidateRequest, caller: Caller | None) -> bytes:
         """Judges a token; gives a ValidateResponse as it is sent."""
         verdict = await self._judge(request, _only_organization(caller))
-        return convert.validate_response(verdict, self._answer_ttl_s)
+        return self._answers.write(verdict)
 
     async def batch_validate(self, request: pb.BatchValidateRequest, caller: Caller | None) -> pb.BatchValidateResponse:
         """Judges tokens, in the order in which they are given."""
         if len(request.requests) > MAX_BATCH:
             raise InvalidFieldError([("requests", f"must be at most {MAX_BATCH}; this is {len(request.requests)}")])
         verdicts = await self._judge_all(request.requests, _only_organization(caller))
-        answers = (convert.validate_response(verdict, self._answer_ttl_s) for verdict in verdicts)
+        answers = map(self._answers.write, verdicts)
         return pb.BatchValidateResponse(responses=[pb.ValidateResponse.FromString(answer) for answer in answers])
 
     async def _judge(self, request: pb.ValidateRequest, only_organization_id: str) -> Verdict:

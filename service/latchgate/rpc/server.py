@@ -54,6 +54,8 @@ OPTIONS: Final[Sequence[tuple[str, int]]] = (
     # Let clients ping as often as grpc-go (10 s) and Envoy (as configured) may, with nothing under way too.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # No pings to find out how much a connection can hold: requests are small, and each ping costs what a call does.
+    ("grpc.http2.bdp_probe", 0),
 )
 
 
@@ -130,8 +132,9 @@ def _bind(
     for method in service.methods:
         handler = getattr(implementation, re.sub(r"(?<=[a-z])(?=[A-Z])", "_", method.name).lower())
         wrap = pipeline.validation if method.name in _HOT_METHODS else pipeline.management
+        behave = wrap(method, handler)
         handlers[method.name] = grpc.unary_unary_rpc_method_handler(
-            wrap(method, handler),
+            pipeline.recalling(behave) if method.name in _WRITTEN_METHODS else behave,
             # Requests are parsed within the behaviour, so that unreadable ones are answered like all other errors.
             request_deserializer=None,
             response_serializer=(

@@ -1,0 +1,71 @@
+"""Validate answered from memory: from the bytes of a request to those of its answer, without waiting for anything.
+
+Written for speed: nearly all calls are answered here, on a processor whose caches and predictions were left behind by
+grpc and the kernel, so that each line costs several times what it costs in a loop of its own (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from apikeys.v1 import key_service_pb2 as pb
+from latchgate.domain.validation import Need, Validator
+from latchgate.rpc.answers import AnswerWriter
+
+# ValidateRequest.token comes first in its message, as serializers write it: its tag, and a length of one byte.
+_TOKEN_TAG: Final = pb.ValidateRequest.TOKEN_FIELD_NUMBER << 3 | 2
+_MAX_LENGTH: Final = 0x7F
+_HEAD: Final = 2
+
+# Of how many kinds of requests is known what they need, and how long what is kept of each may be. They differ by
+# permissions, client address, cost and revision.
+MAX_NEEDS: Final = 8192
+MAX_NEED_BYTES: Final = 512
+
+
+class Recall:
+    """Answers a request whose token is good and in memory.
+
+    What follows after the token is the same in many requests: it is read once for all of them. It holds no secret.
+    """
+
+    def __init__(self, validator: Validator, answers: AnswerWriter) -> None:
+        """Takes who judges, and who writes."""
+        self._recall = validator.recall
+        self._write = answers.write
+        # By the bytes that say it.
+        self.needs: dict[bytes, Need] = {}
+
+    def __call__(self, raw: bytes) -> bytes | None:
+        """Gives the answer, a VALID one; None for a request that has to be gone into.
+
+        Raises IndexError for one without a token, and InvalidFieldError.
+        """
+        length = raw[1]
+        if raw[0] != _TOKEN_TAG or length > _MAX_LENGTH:
+            return None
+        end = length + _HEAD
+        rest = raw[end:]
+        need = self.needs.get(rest) or self._learn(rest)
+        if need is None:
+            return None
+        token = raw[_HEAD:end]
+        # Not cut off: a token that is whole makes no request that is.
+        if len(token) != length:
+            return None
+        verdict = self._recall(token, need)
+        return None if verdict is None else self._write(verdict)
+
+    def _learn(self, rest: bytes) -> Need | None:
+        """Reads what follows after the token; None if that is not plain, as where another token follows."""
+        if len(rest) > MAX_NEED_BYTES:
+            return None
+        request = pb.ValidateRequest.FromString(rest)
+        if request.token or request.SerializeToString() != rest:
+            return None
+        cost = request.cost if request.HasField("cost") else 1
+        need = Need.of(request.required_permissions, request.client_ip, cost, request.min_revision)
+        if len(self.needs) >= MAX_NEEDS:
+            self.needs.clear()
+        self.needs[rest] = need
+        return need

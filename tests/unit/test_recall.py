@@ -1,0 +1,131 @@
+"""Validate from memory, from bytes to bytes: what is read in haste is what protobuf reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from apikeys.v1 import key_service_pb2 as pb
+from latchgate.domain.errors import InvalidFieldError
+from latchgate.domain.model import KeyRecord, Outcome, Verdict
+from latchgate.domain.validation import Need
+from latchgate.rpc.answers import AnswerWriter
+from latchgate.rpc.recall import MAX_NEEDS, Recall
+from support.records import KEY_RECORD, NOW_S
+
+TOKEN = "lk_0123456789abcdefghijABCDEFGHIJ0123456789"
+ANSWER = AnswerWriter(0.0).write(Verdict(Outcome.VALID, 1, NOW_S, KEY_RECORD))
+
+
+class Judge:
+    """Calls one token good, and remembers what was needed of it."""
+
+    def __init__(self, good: str = TOKEN) -> None:
+        self.good = good.encode()
+        self.asked: list[tuple[bytes, Need]] = []
+
+    def recall(self, token: bytes, need: Need) -> Verdict | None:
+        """Judges."""
+        self.asked.append((token, need))
+        record: KeyRecord = KEY_RECORD
+        return Verdict(Outcome.VALID, 1, NOW_S, record) if token == self.good else None
+
+
+def recalling(judge: Judge) -> Recall:
+    """Puts a judge behind the hot path."""
+    validator: Any = judge
+    return Recall(validator, AnswerWriter(0.0))
+
+
+requests = st.builds(
+    pb.ValidateRequest,
+    token=st.just(TOKEN) | st.text(max_size=200),
+    required_permissions=st.lists(st.sampled_from(["orders:read", "x"]), max_size=3),
+    client_ip=st.sampled_from(["", "192.0.2.1", "2001:db8::1"]),
+    cost=st.none() | st.integers(0, 1000),
+    min_revision=st.integers(0, 2**40),
+)
+
+
+@given(request=requests)
+@example(request=pb.ValidateRequest(token=TOKEN, cost=0))
+def test_what_is_needed_is_what_protobuf_reads(request: pb.ValidateRequest) -> None:
+    """For any request as clients write it, the judge is asked for its token and for just what it needs."""
+    judge = Judge()
+    recall = recalling(judge)
+    raw = request.SerializeToString()
+    for _ in range(2):
+        try:
+            answer = recall(raw)
+        except IndexError:
+            assert len(raw) < 2
+            return
+        assert (ANSWER if request.token == TOKEN else None) == answer
+    cost = request.cost if request.HasField("cost") else 1
+    need = Need.of(request.required_permissions, request.client_ip, cost, request.min_revision)
+    assert all((request.token.encode(), need) == each for each in judge.asked)
+    assert 2 == len(judge.asked) or not 0 < len(request.token.encode()) < 128
+
+
+@given(raw=st.binary(max_size=60) | requests.map(lambda each: each.SerializeToString()), tail=st.binary(max_size=60))
+@example(
+    raw=pb.ValidateRequest(token=TOKEN).SerializeToString(), tail=pb.ValidateRequest(token="x").SerializeToString()
+)
+@example(raw=pb.ValidateRequest(token=TOKEN).SerializeToString(), tail=bytes((0x0A, 0)))
+@example(raw=pb.ValidateRequest(token=TOKEN).SerializeToString(), tail=bytes((0x3A,)))
+@example(raw=bytes((0x0A, len(TOKEN) + 1)) + TOKEN.encode(), tail=b"")
+def test_what_is_answered_is_what_the_bytes_say(raw: bytes, tail: bytes) -> None:
+    """Whatever the bytes are: an answer is given for the token that protobuf finds in them, or none at all."""
+    recall = recalling(Judge())
+    for data in (raw, raw + tail):
+        try:
+            answer = recall(data)
+        except Exception:  # noqa: BLE001, S112 - whatever it is, the request is gone into
+            continue
+        if answer is not None:
+            assert TOKEN == pb.ValidateRequest.FromString(data).token
+
+
+def test_the_last_token_counts() -> None:
+    """Of two tokens in one request the last one counts for protobuf: such a request is gone into."""
+    judge = Judge()
+    raw = pb.ValidateRequest(token=TOKEN).SerializeToString() + pb.ValidateRequest(token="other").SerializeToString()
+    assert recalling(judge)(raw) is None
+    assert [] == judge.asked
+
+
+def test_a_cut_token_is_no_request() -> None:
+    """A message that ends before its token does is none, even if what there is of it would be a token."""
+    judge = Judge()
+    recall = recalling(judge)
+    assert ANSWER == recall(pb.ValidateRequest(token=TOKEN).SerializeToString())
+    assert recall(bytes((0x0A, len(TOKEN) + 1)) + TOKEN.encode()) is None
+
+
+def test_bad_needs_are_gone_into() -> None:
+    """A request that makes no sense is not answered in haste, however often it comes."""
+    recall = recalling(Judge())
+    raw = pb.ValidateRequest(token=TOKEN, cost=1_000_001).SerializeToString()
+    for _ in range(2):
+        with pytest.raises(InvalidFieldError):
+            recall(raw)
+
+
+def test_long_requests_are_gone_into() -> None:
+    """What is kept of requests is small: one with many permissions is answered without being kept."""
+    recall = recalling(Judge())
+    permissions = [f"area{number}:read" for number in range(100)]
+    assert recall(pb.ValidateRequest(token=TOKEN, required_permissions=permissions).SerializeToString()) is None
+    assert {} == recall.needs
+
+
+def test_kinds_of_requests_are_bounded() -> None:
+    """However requests differ, what is kept of them stays within bounds, and holds nothing of any token."""
+    recall = recalling(Judge())
+    for cost in range(MAX_NEEDS + 10):
+        assert ANSWER == recall(pb.ValidateRequest(token=TOKEN, cost=cost).SerializeToString())
+        assert len(recall.needs) <= MAX_NEEDS
+    assert not [rest for rest in recall.needs if TOKEN[:8].encode() in rest]
