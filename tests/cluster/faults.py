@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from random import Random
@@ -11,12 +12,15 @@ from typing import Final
 
 import asyncpg
 
+from cluster.clock import CAN_BE_STEPPED, HOUR_S
 from cluster.nodes import LEASE_S, READY_S, Cluster, Worker
 from cluster.wire import Link, Loss, Way, Wire
+from support.databases import until
 
 _LASTS_S: Final = 2.5 * LEASE_S
 _AT_ONCE: Final = 10
 _CUTS: Final = 4
+_ABOUT_S: Final = 30.0
 
 Fault = Callable[[Cluster, Random], Awaitable[None]]
 
@@ -39,11 +43,11 @@ async def worker_killed(cluster: Cluster, rng: Random) -> None:
 def _worker_stopped(leases: float) -> Fault:
     async def stop(cluster: Cluster, rng: Random) -> None:
         async with _some_worker(cluster, rng) as worker:
-            worker.process.tell_group(signal.SIGSTOP)
+            worker.tell(signal.SIGSTOP)
             try:
                 await asyncio.sleep(leases * LEASE_S)
             finally:
-                worker.process.tell_group(signal.SIGCONT)
+                worker.tell(signal.SIGCONT)
 
     return stop
 
@@ -53,7 +57,7 @@ async def worker_blocked(cluster: Cluster, rng: Random) -> None:
     del rng
     worker = cluster.workers[-1]
     async with worker.lock:
-        worker.process.tell_group(signal.SIGUSR1)
+        worker.tell(signal.SIGUSR1)
         await asyncio.sleep(2 * LEASE_S)
 
 
@@ -143,6 +147,46 @@ async def connections_exhausted(cluster: Cluster, rng: Random) -> None:
             await asyncio.gather(*takers, return_exceptions=True)
 
 
+def _workers_clock_stepped(ahead_s: int) -> Fault:
+    """A worker's wall clock is stepped, and stepped back after a while."""
+
+    async def step(cluster: Cluster, rng: Random) -> None:
+        async with _some_worker(cluster, rng) as worker:
+            with worker.clock.stepped(ahead_s):
+                await asyncio.sleep(_LASTS_S)
+
+    return step
+
+
+def _databases_clock_stepped(ahead_s: int) -> Fault:
+    """The wall clock of all of PostgreSQL's processes is stepped, and stepped back after a while."""
+
+    async def step(cluster: Cluster, rng: Random) -> None:
+        del rng
+        async with cluster.postgres.lock:
+            with cluster.postgres.clock.stepped(ahead_s):
+                await until_databases_clock_is(cluster, ahead_s)
+                await asyncio.sleep(_LASTS_S)
+            await until_databases_clock_is(cluster, 0)
+
+    return step
+
+
+async def until_databases_clock_is(cluster: Cluster, ahead_s: int) -> None:
+    """Waits until PostgreSQL says that its clock is so far ahead of the real one, by half a minute more or less."""
+
+    async def is_set() -> bool:
+        try:
+            async with cluster.database() as database:
+                now_s: float = await database.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
+        except (asyncpg.PostgresError, OSError):
+            # Another fault is at the server.
+            return False
+        return abs(now_s - time.time() - ahead_s) < _ABOUT_S
+
+    await until(is_set)
+
+
 def _wire_fault(begin: Callable[[Wire, ExitStack], object]) -> Fault:
     """Makes a fault of one worker's wire that lasts until the stack is closed."""
 
@@ -165,6 +209,20 @@ def _slow(delay_s: float) -> Fault:
 def _half_open(*, towards_server: bool) -> Fault:
     return _wire_fault(lambda wire, _: wire.half_open(towards_server=towards_server))
 
+
+CLOCK_FAULTS: Final[dict[str, tuple[str, Fault]]] = {
+    "worker's clock, +1 h": (
+        "a worker's wall clock stepped an hour ahead, and back after 2.5 leases",
+        _workers_clock_stepped(HOUR_S),
+    ),
+    "worker's clock, -1 h": ("the same, an hour back and ahead", _workers_clock_stepped(-HOUR_S)),
+    "database's clock, +1 h": (
+        "the wall clock of all of PostgreSQL's processes stepped an hour ahead, and back after 2.5 leases",
+        _databases_clock_stepped(HOUR_S),
+    ),
+    "database's clock, -1 h": ("the same, an hour back and ahead", _databases_clock_stepped(-HOUR_S)),
+}
+"""Those that need cluster.clock."""
 
 FAULTS: Final[dict[str, tuple[str, Fault]]] = {
     "worker killed": ("kill -9 of a worker, and a new start", worker_killed),
@@ -204,5 +262,5 @@ FAULTS: Final[dict[str, tuple[str, Fault]]] = {
         _half_open(towards_server=True),
     ),
     "half-open, worker gone": ("the worker's ends closed, unknown to the server", _half_open(towards_server=False)),
-}
+} | (CLOCK_FAULTS if CAN_BE_STEPPED else {})
 """All faults by their names, with what they do."""

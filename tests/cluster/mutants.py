@@ -8,10 +8,13 @@ Each is a function that patches one class or function of the service in a proces
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
+from cluster.clock import CAN_BE_STEPPED
+from latchgate import app
 from latchgate.domain.coherence import Coherence, LeaseTerms, LogReading, Reading
 from latchgate.domain.effects import standing
 from latchgate.domain.model import Effect, Lookup
@@ -142,6 +145,11 @@ def lease_never_ends() -> None:
     Coherence.read = read_for_ever  # type: ignore[method-assign]
 
 
+def lease_by_the_wall_clock() -> None:
+    """Leases and waits are counted by the wall clock, which may be stepped."""
+    vars(app)["boottime"] = time.time
+
+
 def evicted_keeps_its_memory() -> None:
     """A worker that was taken off comes back with what it held, and takes the log's head as applied."""
     read = Coherence.read
@@ -194,6 +202,7 @@ MUTANTS: dict[str, Callable[[], None]] = {
         renews_without_reading,
         acknowledges_before_applying,
         lease_never_ends,
+        *((lease_by_the_wall_clock,) if CAN_BE_STEPPED else ()),
         evicted_keeps_its_memory,
         waits_shorter_than_the_lease,
         effective_at_once,

@@ -7,8 +7,9 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,9 +18,10 @@ import grpc
 
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from apikeys.v1.organization_service_pb2_grpc import OrganizationServiceStub
+from cluster.clock import Clock, forget_killed
 from cluster.postgres import Postgres
 from cluster.wire import Wire
-from support.processes import Latchgate, environment
+from support.processes import Latchgate, children, environment, tell_each, until_gone
 from support.service import ROOT_TOKEN, TAG_KEY
 
 LEASE_S: Final = 1.0
@@ -35,10 +37,13 @@ _CHANNEL: Final = (("grpc.enable_retries", 0), ("grpc.initial_reconnect_backoff_
 class Worker:
     """A worker: a process that may come and go, its wire, and the stubs for its present address."""
 
-    def __init__(self, name: str, wire: Wire, database_url: str, mutant: str, *, is_prepared: bool) -> None:
-        """Takes its name, its wire to the database, a mutant or none, and whether SIGUSR1 is to block it."""
+    def __init__(
+        self, name: str, wire: Wire, clock: Clock, database_url: str, mutant: str, lease_s: float, *, is_prepared: bool
+    ) -> None:
+        """Takes its name, wire, clock, database, mutant (or none) and lease, and whether SIGUSR1 is to block it."""
         self.name = name
         self.wire = wire
+        self.clock = clock
         # For one fault of the process at a time.
         self.lock = asyncio.Lock()
         self.keys: Any = None
@@ -46,6 +51,7 @@ class Worker:
         self._database_url = database_url
         self._is_prepared = is_prepared
         self._mutant = mutant
+        self._lease_s = lease_s
         self._process: Latchgate | None = None
         self._channel: grpc.aio.Channel | None = None
         self._old: list[grpc.aio.Channel] = []
@@ -66,11 +72,12 @@ class Worker:
             LOG_FORMAT="json",
             ROOT_TOKEN=ROOT_TOKEN,
             TAG_KEY=TAG_KEY,
-            LEASE_SECONDS=LEASE_S,
+            LEASE_SECONDS=self._lease_s,
             WORKERS=1,
             POOL_SIZE=5,
             DRAIN_SECONDS=2,
         )
+        variables |= self.clock.variables()
         if self._is_prepared:
             path = os.pathsep.join(map(str, (_TESTS, _TESTS / "cluster" / "prepared")))
             variables |= {"PYTHONPATH": path, "CLUSTER_MUTANT": self._mutant}
@@ -98,10 +105,23 @@ class Worker:
         """Lists what the process has written that no fault excuses: critical lines, failed work, stack traces."""
         return [line for line in (*self.process.out, *self.process.err) if _COMPLAINT.search(line)]
 
+    def tell(self, number: signal.Signals) -> None:
+        """Sends a signal to the supervisor and to the worker under it, which is in a session of its own."""
+        tell_each(self._pids(), number)
+
     async def kill(self) -> None:
-        """Ends the process without a word."""
-        self.process.tell_group(signal.SIGKILL)
+        """Ends all of its processes without a word."""
+        pids = self._pids()
+        # The supervisor may not see the worker die, nor the worker the supervisor.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            tell_each(pids, number)
         await self.process.kill()
+        for pid in pids:
+            await until_gone(pid)
+            forget_killed(pid)
+
+    def _pids(self) -> list[int]:
+        return [self.process.pid, *children(self.process.pid)]
 
     async def end(self) -> None:
         """Ends the process in order."""
@@ -111,9 +131,7 @@ class Worker:
     async def close(self) -> None:
         """Ends whatever is left."""
         if self._process is not None:
-            with suppress(ProcessLookupError):
-                self._process.tell_group(signal.SIGKILL)
-            await self._process.kill()
+            await self.kill()
         await self.wire.close()
         for channel in (*self._old, self._channel):
             if channel is not None:
@@ -140,18 +158,23 @@ class Cluster:
 
 
 @asynccontextmanager
-async def running_cluster(postgres: Postgres, names: str = "abc", mutant: str = "") -> AsyncIterator[Cluster]:
+async def running_cluster(
+    postgres: Postgres, names: str = "abc", mutant: str = "", lease_s: float = LEASE_S
+) -> AsyncIterator[Cluster]:
     """Runs a worker for each letter on a new database, until the block ends.
 
     The last one is prepared; with a mutant, which all have, they all are.
     """
     database_url = await postgres.make_database()
     async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latchgate-clocks-")))
         workers = []
         for name in names:
             wire = Wire(postgres.url)
             await wire.start()
-            worker = Worker(name, wire, database_url, mutant, is_prepared=bool(mutant) or name == names[-1])
+            clock = Clock(folder / name, is_read_each_time=True)
+            is_prepared = bool(mutant) or name == names[-1]
+            worker = Worker(name, wire, clock, database_url, mutant, lease_s, is_prepared=is_prepared)
             stack.push_async_callback(worker.close)
             workers.append(worker)
         # One after the other would take longer, and migrations wait for each other.

@@ -10,9 +10,11 @@ from datetime import UTC, datetime
 from typing import Final
 
 from bench.machine import cpu_model
+from cluster.clock import CAN_BE_STEPPED
 from cluster.faults import FAULTS
 from cluster.mutants import MUTANTS
 from cluster.nodes import LEASE_S
+from cluster.outages import BACK_WITHIN_S, REFUSED_WITHIN_S, WAYS, Outage
 from cluster.provocations import Provocation
 from cluster.trials import Verdict
 
@@ -35,6 +37,7 @@ class Results:
     seed: int
     verdicts: list[Verdict] = field(default_factory=list)
     caught: list[Caught] = field(default_factory=list)
+    outages: list[Outage] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     """What did not come to a verdict: a cluster that did not recover, a mutant that was not found out."""
     violations_unbroken: int = 0
@@ -83,8 +86,10 @@ def write(results: Results) -> str:
                 for each in results.caught
             ],
         ),
+        "## With the database away",
+        _outages(results.outages),
         "## What was not tried",
-        _NOT_TRIED.strip(),
+        _NOT_TRIED.format(clock=_CLOCK if CAN_BE_STEPPED else _NO_CLOCK).strip(),
         "## Repeat it",
         _commands(results.seed),
         _paragraph(
@@ -135,13 +140,19 @@ _METHOD: Final = """
   workers must agree with the last acknowledged changes of every key.
 """
 _NOT_TRIED: Final = """
-- **A wall clock that is stepped.** libfaketime is needed to do that to one process, and was not installed. A test
-  demands instead that no module of the service reads the wall clock: expiry goes by the database's clock, all else by
-  CLOCK_BOOTTIME and CLOCK_MONOTONIC. The database's own clock was not stepped: keys with an expiry would end earlier or
-  later by as much, and revocations are no matter of time.
+{clock}
 - **Failover to a standby**, lossy disks, loss of power, and suspension of the machine.
 - **Several machines**: all clocks were one.
 """
+
+
+_CLOCK: Final = """\
+- **Stepping the kernel's clock.** Wall clocks were stepped for a worker's processes, or for PostgreSQL's, by a library
+  between them and the C library (libfaketime): all that they read of it, but no timer of the kernel's. Keys with an
+  expiry end by the database's clock, hence earlier or later by as much as that is stepped; none had one here."""
+_NO_CLOCK: Final = """\
+- **Stepping wall clocks.** On this platform libfaketime has no library. A test demands that no module of the service
+  reads the wall clock: expiry goes by the database's clock, all else by CLOCK_BOOTTIME and CLOCK_MONOTONIC."""
 
 
 def _commands(seed: int) -> str:
@@ -149,6 +160,7 @@ def _commands(seed: int) -> str:
 make faults                      # writes this page; the same calls and faults again: ARGS="--seed {seed}"
 make faults ARGS="--minutes 60"  # longer; with options no page is written, unless --output names a file
 make faults ARGS="--only 'database killed & +50 ms' --seed 5"
+make faults ARGS="--outages"     # what an outage of the database is like, alone
 ```"""
 
 
@@ -221,6 +233,70 @@ def _faults(verdicts: Sequence[Verdict]) -> str:
         "violations",
     )
     return _table(columns, rows)
+
+
+def _outages(outages: Sequence[Outage]) -> str:
+    if not outages:
+        return "Not measured in this run."
+    refused_s = sorted(value for outage in outages for value in outage.refused_s)
+    back_s = [value for outage in outages for value in outage.back_s]
+    late = sum(value >= REFUSED_WITHIN_S for value in refused_s)
+    return "\n\n".join(
+        (
+            _paragraph(
+                f"{len(outages[0].back_s)} workers with leases of {outages[0].lease_s:g} s, the default, each asked all"
+                " the time for a key in its memory, one call after the other, while the database was away for somewhat"
+                " longer than the leases: for nothing else before they had ended, for a key that it had never looked up"
+                " as well from then on. Times are those of the client, which shares the machine's cores with all else."
+            ),
+            _list(
+                (
+                    (
+                        f"**UNAVAILABLE in under {_time(REFUSED_WITHIN_S)}** once a lease has ended:"
+                        f" {len(refused_s) - late:,} of {len(refused_s):,} answers, from the very first on;"
+                        f" {_spread(refused_s)}."
+                    ),
+                    (
+                        f"**Full service within {BACK_WITHIN_S:g} s of its return**:"
+                        f" {sum(value < BACK_WITHIN_S for value in back_s)} of {len(back_s)} times that a worker"
+                        " answered from the database again, for a key that it had not looked up before; the slowest"
+                        f" after {_time(max(back_s))}."
+                    ),
+                )
+            ),
+            _table(
+                (
+                    "database",
+                    "what is done",
+                    "answered from memory for",
+                    "refusals",
+                    "p50",
+                    "p99",
+                    "max",
+                    "back after, slowest worker",
+                    "new connections in the busiest 0.1 s after it",
+                    "connections then",
+                ),
+                [_outage(outage) for outage in outages],
+            ),
+        )
+    )
+
+
+def _outage(outage: Outage) -> Sequence[str]:
+    ordered = sorted(outage.refused_s)
+    return (
+        outage.way,
+        WAYS[outage.way][0],
+        f"{min(outage.memory_s):.1f} to {max(outage.memory_s):.1f} s",
+        f"{len(ordered):,}",
+        _time(ordered[len(ordered) // 2]),
+        _time(ordered[int(len(ordered) * 0.99)]),
+        _time(ordered[-1]),
+        _time(max(outage.back_s)),
+        f"{outage.burst}",
+        f"{outage.links}",
+    )
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

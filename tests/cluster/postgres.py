@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import uuid
 from contextlib import suppress
@@ -12,21 +11,19 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 
-from latchgate.storage.embedded import EmbeddedDatabaseError, EmbeddedPostgres
+from cluster.clock import Clock
+from latchgate.storage.embedded import EmbeddedPostgres
 from support.databases import until
-from support.processes import postmaster
-
-# How long a recovery may take on a machine that is busy.
-START_S = 120.0
-RETRY_S = 0.5
+from support.processes import children, postmaster, tell_each
 
 
 class Postgres:
     """The server and its processes."""
 
-    def __init__(self, folder: Path, server: EmbeddedPostgres, url: str) -> None:
-        """Takes a running server, its folder and the address of a database in it."""
+    def __init__(self, folder: Path, clock: Clock, server: EmbeddedPostgres, url: str) -> None:
+        """Takes a running server, its folder and clock, and the address of a database in it."""
         self._folder = folder
+        self.clock = clock
         self._server = server
         self.url = url
         # For one fault at a time.
@@ -35,9 +32,10 @@ class Postgres:
     @classmethod
     async def start(cls, folder: Path) -> Postgres:
         """Starts a new server in an empty folder."""
-        server = await asyncio.to_thread(EmbeddedPostgres.start, folder)
+        clock = Clock(folder / "clock", is_read_each_time=False)
+        server = await asyncio.to_thread(_started, folder, clock)
         try:
-            return cls(folder, server, await server.create_database())
+            return cls(folder, clock, server, await server.create_database())
         except BaseException:
             server.stop()
             raise
@@ -57,7 +55,7 @@ class Postgres:
         pids = self._pids()
         # The first may not see the others die: it would begin to tidy up.
         for number in (signal.SIGSTOP, signal.SIGKILL):
-            _tell(pids, number)
+            tell_each(pids, number)
 
         async def are_gone() -> bool:
             return not any(map(_exists, pids))
@@ -67,25 +65,17 @@ class Postgres:
     async def restart(self) -> None:
         """Starts it again after it was killed."""
         await asyncio.to_thread(self._server.stop)
-        async with asyncio.timeout(START_S):
-            while True:
-                try:
-                    self._server = await asyncio.to_thread(EmbeddedPostgres.start, self._folder)
-                except (EmbeddedDatabaseError, AssertionError):
-                    # Its package gives it ten seconds, and then asserts that one that is still recovering is ready.
-                    await asyncio.sleep(RETRY_S)
-                else:
-                    return
+        self._server = await asyncio.to_thread(_started, self._folder, self.clock)
 
     def freeze(self) -> None:
         """Stops all of its processes where they are."""
-        _tell(self._pids(), signal.SIGSTOP)
+        tell_each(self._pids(), signal.SIGSTOP)
         # Those that the first one started meanwhile.
-        _tell(self._pids(), signal.SIGSTOP)
+        tell_each(self._pids(), signal.SIGSTOP)
 
     def thaw(self) -> None:
         """Lets them go on."""
-        _tell(self._pids(), signal.SIGCONT)
+        tell_each(self._pids(), signal.SIGCONT)
 
     def stop(self) -> None:
         """Stops it for good."""
@@ -96,25 +86,15 @@ class Postgres:
     def _pids(self) -> list[int]:
         """Lists its processes, the one first that starts the others."""
         first = postmaster(self._folder)
-        return [first, *_children(first)]
+        return [first, *children(first)]
+
+
+def _started(folder: Path, clock: Clock) -> EmbeddedPostgres:
+    """Starts the server, with all of its processes living by the clock."""
+    with clock.inherited():
+        return EmbeddedPostgres.start(folder)
 
 
 def _exists(pid: int) -> bool:
     """Says whether a process is there, be it only to be asked how it ended: its package can not tell that apart."""
     return Path(f"/proc/{pid}").exists()
-
-
-def _tell(pids: list[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def _children(parent: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError, ValueError, IndexError):
-                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                    found.append(int(entry.name))
-    return found

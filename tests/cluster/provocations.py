@@ -15,6 +15,7 @@ import grpc
 
 from cluster.checker import Violation, check
 from cluster.client import Client, HeldKey, Token
+from cluster.clock import CAN_BE_STEPPED, HOUR_S
 from cluster.history import NANOSECONDS, Answer
 from cluster.nodes import LEASE_S, READY_S, Cluster, Worker
 from cluster.wire import COMMIT, Link, Way
@@ -103,6 +104,17 @@ async def hears_nothing(scene: Scene) -> None:
         with scene.a.wire.holding(Link.NEWS):
             await scene.revoke(key)
             await asyncio.sleep(_AFTER_S)
+
+
+async def clock_is_set_back(scene: Scene) -> None:
+    """A worker's wall clock is set back by an hour; then it hears of nothing while a key is revoked."""
+    key = await scene.known_key()
+    with scene.a.clock.stepped(-HOUR_S):
+        async with scene.watching(key.tokens[0]):
+            # All links: that for the log is not known by a renewal, of which there may be none.
+            with scene.a.wire.holding():
+                await scene.revoke(key)
+                await asyncio.sleep(_AFTER_S)
 
 
 async def hears_no_notification(scene: Scene) -> None:
@@ -228,6 +240,7 @@ PROVOKED_BY: Final[dict[str, Provocation]] = {
     "renews_without_reading": hears_no_notification,
     "acknowledges_before_applying": hears_slowly,
     "lease_never_ends": hears_nothing,
+    **({"lease_by_the_wall_clock": clock_is_set_back} if CAN_BE_STEPPED else {}),
     "evicted_keeps_its_memory": is_taken_off,
     "waits_shorter_than_the_lease": hears_nothing,
     "effective_at_once": hears_nothing,

@@ -26,6 +26,7 @@ from cluster import page  # noqa: E402 - found by the line above
 from cluster.checker import check, explain  # noqa: E402 - the same
 from cluster.faults import FAULTS  # noqa: E402 - the same
 from cluster.nodes import Cluster, running_cluster  # noqa: E402 - the same
+from cluster.outages import LEASE_S, WAYS, measure  # noqa: E402 - the same
 from cluster.page import Caught, Results  # noqa: E402 - the same
 from cluster.postgres import Postgres  # noqa: E402 - the same
 from cluster.provocations import PROVOKED_BY, WITHIN_S, Scene, provoke  # noqa: E402 - the same
@@ -57,6 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=12.0, help="for how long to go on with pairs (%(default)s)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="of the whole run (random)")
     parser.add_argument("--only", metavar="FAULT[&FAULT]", help="one trial, by the seed that it was shown with")
+    parser.add_argument("--outages", action="store_true", help="measure alone how long it takes with the database away")
     parser.add_argument("--output", type=Path, help="write the page to this file")
     arguments = parser.parse_args()
     if arguments.only is not None and (unknown := set(_names(arguments.only)) - FAULTS.keys()):
@@ -77,12 +79,15 @@ async def _interruptible(arguments: argparse.Namespace) -> Results:
     with tempfile.TemporaryDirectory(prefix="latchgate-cluster-") as folder:
         postgres = await Postgres.start(Path(folder))
         try:
-            if arguments.only is not None:
+            if arguments.outages:
+                await _outages(postgres, results)
+            elif arguments.only is not None:
                 await _try_all(postgres, results, iter([(_names(arguments.only), arguments.seed)]))
             else:
                 _say(f"seed {arguments.seed}")
                 until_s = time.monotonic() + arguments.minutes * 60
                 await _mutants(postgres, results)
+                await _outages(postgres, results)
                 await _try_all(postgres, results, _plan(Random(arguments.seed), until_s))  # noqa: S311 - to be repeated
         finally:
             postgres.stop()
@@ -139,6 +144,22 @@ def _show(verdict: Verdict) -> None:
     )
     if verdict.violations:
         _say(verdict.account)
+
+
+async def _outages(postgres: Postgres, results: Results) -> None:
+    """Measures what an outage of the database is like for callers, in every way that it can be away."""
+    try:
+        async with running_cluster(postgres, lease_s=LEASE_S) as cluster:
+            for way in WAYS:
+                outage = await measure(cluster, way, LEASE_S)
+                results.outages.append(outage)
+                _say(
+                    f"{'database ' + way:60} {max(outage.memory_s):5.1f} s memory, {len(outage.refused_s)} refused, "
+                    f"slowest {max(outage.refused_s) * 1000:.0f} ms, back within {max(outage.back_s):.2f} s"
+                )
+    except Exception as error:  # noqa: BLE001 - whatever it is, the trials are to come
+        results.failures.append(f"outages: {_text(error)}")
+        _say(f"FAILED {results.failures[-1]}")
 
 
 async def _mutants(postgres: Postgres, results: Results) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -119,6 +120,13 @@ class Wire:
         self._rules: list[Rule] = []
         self._losses: list[tuple[Loss, asyncio.Event]] = []
         self._is_refusing = False
+        # When connections came, by time.monotonic.
+        self.accepted_s: list[float] = []
+
+    @property
+    def open_count(self) -> int:
+        """How many connections are open."""
+        return len(self._connections)
 
     async def start(self) -> None:
         """Takes connections from now on."""
@@ -198,6 +206,7 @@ class Wire:
             self._rules.remove(rule)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted_s.append(time.monotonic())
         connection = _Connection(client=writer)
         self._connections.add(connection)
         connection.tasks.append(asyncio.create_task(self._carry(connection, reader)))

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -122,6 +122,24 @@ SERVE: Final[Mapping[str, str]] = {
 def postmaster(data_dir: Path) -> int:
     """Gives the process number of the PostgreSQL that runs on a data directory."""
     return int((data_dir / "postgres" / "postmaster.pid").read_text().split(maxsplit=1)[0])
+
+
+def children(parent: int) -> list[int]:
+    """Lists the processes that a process has started, wherever their group and session are."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError, ValueError, IndexError):
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                    found.append(int(entry.name))
+    return found
+
+
+def tell_each(pids: Iterable[int], number: signal.Signals) -> None:
+    """Sends a signal to those of some processes that are still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def is_running(pid: int) -> bool:
