@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable, MutableMapping
 from itertools import accumulate
 from typing import Any, TextIO, cast
@@ -108,7 +109,7 @@ class _Recalled:
         self.quick_s = _SECONDS[0]
         self.quick = 0
         self.seconds = 0.0
-        self.slow_s: list[float] = []
+        self.slow_s: deque[float] = deque()
 
     def slow(self, seconds: float) -> None:
         """Counts one that took longer."""
@@ -165,6 +166,7 @@ class Metrics:
         # Memory, processor time and open files, which a registry of one's own is without.
         ProcessCollector(registry=registry)
         self.recalled = _Recalled()
+        self._taken = (0, 0.0)
         # First, so that it has handed on what it holds before the others are read.
         registry.register(_Handing(self._take_recalled))
         self._calls = Counter(
@@ -214,16 +216,15 @@ class Metrics:
         self._call_seconds.add(method, bisect_left(_SECONDS, seconds), 1, seconds)
 
     def _take_recalled(self) -> None:
-        """Counts what was answered from memory since it was last asked."""
-        recalled = self.recalled
-        count, seconds, slow = recalled.quick, recalled.seconds, recalled.slow_s
-        recalled.quick, recalled.seconds, recalled.slow_s = 0, 0.0, []
-        if count:
-            self._calls.labels(method=VALIDATE, code="OK").inc(count)
-            self._outcome_counters[Outcome.VALID].inc(count)
-            self._call_seconds.add(VALIDATE, 0, count, seconds)
-        for each in slow:
-            self.finished(VALIDATE, "OK", each)
+        """Counts what was answered from memory since it was last asked; any thread may ask while others count."""
+        recalled, (quick_before, seconds_before) = self.recalled, self._taken
+        quick, seconds = self._taken = recalled.quick, recalled.seconds
+        if quick != quick_before:
+            self._calls.labels(method=VALIDATE, code="OK").inc(quick - quick_before)
+            self._outcome_counters[Outcome.VALID].inc(quick - quick_before)
+            self._call_seconds.add(VALIDATE, 0, quick - quick_before, seconds - seconds_before)
+        while recalled.slow_s:
+            self.finished(VALIDATE, "OK", recalled.slow_s.popleft())
             self.outcome(Outcome.VALID)
 
     def outcome(self, outcome: Outcome) -> None:

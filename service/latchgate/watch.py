@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 
 import structlog
@@ -82,7 +83,8 @@ class Figures(Collector):
         background: Background,
         coherence: Coherence,
     ) -> None:
-        """Takes what to read."""
+        """Takes what to read. It may be read by any thread."""
+        self._loop = asyncio.get_running_loop()
         self._coherence = coherence
         self._database = database
         self._usage = usage
@@ -107,6 +109,7 @@ class Figures(Collector):
             "Unknown tokens of foreign formats that were over the budget of lookups.",
             self._foreign.refused,
         )
+        yield GaugeMetricFamily("latchgate_tasks", "Tasks of the event loop.", len(asyncio.all_tasks(self._loop)))
         yield from self._memory()
         failures = CounterMetricFamily(
             "latchgate_background_failures",

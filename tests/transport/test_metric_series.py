@@ -185,6 +185,7 @@ async def test_scrape_over_http(postgres_url: str, template_url: str) -> None:
         "latchgate_memory_keys": "gauge",
         "latchgate_memory_evictions": "counter",
         "latchgate_lease_left_seconds": "gauge",
+        "latchgate_tasks": "gauge",
         "latchgate_applied_revision": "gauge",
         "latchgate_log_readings": "counter",
         "latchgate_changes_applied": "counter",
