@@ -97,6 +97,22 @@ simulate: $(STAMP) ## Run 5000 simulated schedules of workers, network and datab
 bench-effective: $(STAMP) ## Measure how long revocations take with 1, 4 and 20 workers; writes docs/effective.md
 	@$(BIN)/python tests/bench/effective.py
 
+.PHONY: bench-workers
+bench-workers: $(STAMP) ## Measure what a second worker adds; writes docs/workers.md
+	@$(BIN)/python tests/bench/workers.py
+
+.PHONY: bench-flood
+bench-flood: $(STAMP) ## Measure what good keys notice of a flood of made-up tokens; writes docs/flood.md
+	@$(BIN)/python tests/bench/flood.py
+
+.PHONY: bench-memory
+bench-memory: $(STAMP) ## Measure what a key takes in a worker's memory; writes docs/memory.md
+	@$(BIN)/python tests/bench/memory.py
+
+.PHONY: soak
+soak: $(STAMP) ## Load two workers for an hour, and see whether anything grows; writes docs/soak.md
+	@$(BIN)/python tests/bench/soak.py $(ARGS)
+
 .PHONY: lock
 lock: $(STAMP) ## Pin the newest allowed packages, with hashes, for every platform and Python
 	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.11 --no-emit-index-url --no-annotate \

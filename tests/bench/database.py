@@ -14,6 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 
+from bench.indexes import without_indexes
 from bench.machine import BenchError, pinned, process_cpu_s, process_name
 from latchgate.domain.model import Environment, KeyType
 from latchgate.domain.token import MintedToken, TokenFormat
@@ -94,14 +95,14 @@ class Cluster:
         return shown
 
     @asynccontextmanager
-    async def seeded(self, keys: int) -> AsyncIterator[Seeded]:
-        """Makes a database with so many keys, and drops it in the end."""
+    async def seeded(self, keys: int, tokens: int = MAX_TOKENS) -> AsyncIterator[Seeded]:
+        """Makes a database with so many keys, and drops it in the end. Of at most `tokens` keys the token is known."""
         name = f"latchgate_bench_{uuid.uuid4().hex[:12]}"
         await self._connection.execute(f"CREATE DATABASE {name}")
         try:
             url = urlunsplit(urlsplit(self._url)._replace(path=f"/{name}"))
             await migrate(url)
-            yield await _fill(url, keys)
+            yield await _fill(url, keys, tokens)
         finally:
             await self._connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
@@ -165,14 +166,15 @@ async def _connected(url: str, *, is_embedded: bool) -> AsyncIterator[Cluster]:
         await connection.close()
 
 
-async def _fill(url: str, keys: int) -> Seeded:
-    minted = _mint(min(keys, MAX_TOKENS))
+async def _fill(url: str, keys: int, tokens: int) -> Seeded:
+    minted = _mint(min(keys, tokens))
     digests, hints = [each.secret.digest for each in minted], [each.secret.hint for each in minted]
     arguments: dict[int, tuple[object, ...]] = {1: (keys,), 2: (keys,), 3: (keys, len(minted), digests, hints)}
     connection = await asyncpg.connect(url)
     try:
-        for position, statement in enumerate(_FILL):
-            await connection.execute(statement, *arguments.get(position, ()))
+        async with without_indexes(connection, ("key", "secret", "last_used")):
+            for position, statement in enumerate(_FILL):
+                await connection.execute(statement, *arguments.get(position, ()))
         # What a server does by itself within its first hour, done before it is measured.
         await connection.execute("VACUUM (FREEZE, ANALYZE) plan, organization, key, secret, last_used")
         with suppress(asyncpg.InsufficientPrivilegeError):

@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,16 @@ import grpc  # noqa: E402 - found by the line above
 from apikeys.v1 import key_pb2  # noqa: E402
 from apikeys.v1 import key_service_pb2 as pb  # noqa: E402
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub  # noqa: E402
-from bench import database, servers  # noqa: E402
+from bench import command, database, servers  # noqa: E402
+from bench.command import counts, positive, say  # noqa: E402
 from bench.histogram import draw  # noqa: E402
-from bench.machine import BenchError, cpu_model, versions  # noqa: E402
-from bench.page import paragraph  # noqa: E402
+from bench.machine import BenchError  # noqa: E402
+from bench.page import machine_line, paragraph  # noqa: E402
 from bench.report import as_markdown, as_text  # noqa: E402
+from bench.servers import AS_ROOT, OWN_CONNECTION  # noqa: E402
 
 PAGE, PICTURE = ROOT / "docs" / "effective.md", ROOT / "docs" / "effective.svg"
 ORGANIZATION = "bench-0000"
-METADATA = (("authorization", f"Bearer {servers.ROOT_TOKEN}"),)
 CALL_TIMEOUT_S = 30.0
 # Connections to a service for each of its workers: the system spreads them, some workers get several.
 CHANNELS_A_WORKER = 2
@@ -53,14 +53,14 @@ class Fleet:
         """Has a key in memory wherever a connection leads, revokes it, and asks everywhere. Raises BenchError."""
         created = await self.stubs[0].CreateKey(
             pb.CreateKeyRequest(organization_id=ORGANIZATION, name="to be revoked", permissions=["read"]),
-            metadata=METADATA,
+            metadata=AS_ROOT,
             timeout=CALL_TIMEOUT_S,
         )
         for _ in range(2):
             await self._demand(created.token, pb.OUTCOME_VALID)
         begin_s = time.perf_counter()
         revoked = await self.stubs[0].RevokeKey(
-            pb.RevokeKeyRequest(key_id=created.key.id), metadata=METADATA, timeout=CALL_TIMEOUT_S
+            pb.RevokeKeyRequest(key_id=created.key.id), metadata=AS_ROOT, timeout=CALL_TIMEOUT_S
         )
         self.took_ms.append((time.perf_counter() - begin_s) * 1000)
         if revoked.effect.state != key_pb2.EFFECT_STATE_EFFECTIVE:
@@ -78,28 +78,20 @@ class Fleet:
 def main() -> int:
     """Runs the benchmark and gives the exit code."""
     parser = argparse.ArgumentParser(prog="make bench-effective", description="Measures revocations.")
-    parser.add_argument("--workers", type=_counts, default=(1, 4, 20), help="numbers of workers (1,4,20)")
-    parser.add_argument("--rounds", type=int, default=8, help="how many (%(default)s)")
-    parser.add_argument("--changes", type=int, default=50, help="revocations of each service in a round (%(default)s)")
+    parser.add_argument("--workers", type=counts, default=(1, 4, 20), help="numbers of workers (1,4,20)")
+    parser.add_argument("--rounds", type=positive, default=8, help="how many (%(default)s)")
+    parser.add_argument(
+        "--changes", type=positive, default=50, help="revocations of each service in a round (%(default)s)"
+    )
     arguments = parser.parse_args()
-    try:
-        fleets = asyncio.run(_measure(arguments.workers, arguments.rounds, arguments.changes))
-    except BenchError as error:
-        sys.stderr.write(f"bench: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    fleets = command.run(_measure(arguments.workers, arguments.rounds, arguments.changes))
     rows = [("workers", "revocations", "p50, ms", "p90, ms", "p99, ms", "most, ms"), *map(_row, fleets)]
-    sys.stdout.write(as_text(rows) + "\n")
+    say(as_text(rows))
     if len(sys.argv) == 1:
         series = {f"{each.workers} {'worker' if each.workers == 1 else 'workers'}": each.took_ms for each in fleets}
         PICTURE.write_text(draw(series, "RevokeKey until EFFECTIVE, ms"))
         PAGE.write_text(_page(as_markdown(rows), arguments.rounds))
     return 0
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(int(each) for each in text.split(","))
 
 
 async def _measure(workers: Sequence[int], rounds: int, changes: int) -> list[Fleet]:
@@ -112,15 +104,13 @@ async def _measure(workers: Sequence[int], rounds: int, changes: int) -> list[Fl
         for count in workers:
             seeded = await stack.enter_async_context(cluster.seeded(1000))
             await database.make_room(seeded.url)
-            address = await stack.enter_async_context(servers.fleet(seeded, count, cores, folder))
+            served = await stack.enter_async_context(servers.fleet(seeded, count, cores, folder))
             channels = [
-                await stack.enter_async_context(
-                    grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
-                )
+                await stack.enter_async_context(grpc.aio.insecure_channel(served.address, options=OWN_CONNECTION))
                 for _ in range(CHANNELS_A_WORKER * count)
             ]
             fleets.append(Fleet(workers=count, stubs=[KeyServiceStub(channel) for channel in channels]))
-            sys.stdout.write(f"{count} workers serve\n")
+            say(f"{count} workers serve")
         for number in range(rounds + 1):
             for fleet in fleets:
                 for _ in range(changes if number else 5):
@@ -128,8 +118,7 @@ async def _measure(workers: Sequence[int], rounds: int, changes: int) -> list[Fl
                 if not number:
                     # A round to warm up.
                     fleet.took_ms.clear()
-            sys.stdout.write(f"round {number} of {rounds}\n")
-            sys.stdout.flush()
+            say(f"round {number} of {rounds}")
         return fleets
 
 
@@ -141,7 +130,7 @@ def _row(fleet: Fleet) -> tuple[str, ...]:
 
 
 def _page(table: str, rounds: int) -> str:
-    software = ", ".join(f"{name} {number}" for name, number in versions().items())
+    cores = len(os.sched_getaffinity(0))
     blocks = (
         "# How long a revocation takes to be effective",
         paragraph(
@@ -157,13 +146,13 @@ def _page(table: str, rounds: int) -> str:
             f" {rounds} rounds took turns between them. Before each revocation the key"
             " was asked for twice over two connections for each worker, so that it was in memory; after it, every one"
             " of these connections was answered with REVOKED at once, or the run would have failed. All of it, the"
-            f" workers, PostgreSQL and the client, shared {len(os.sched_getaffinity(0))} cores: with 20 workers the"
+            f" workers, PostgreSQL and the client, shared {cores} cores: with 20 workers the"
             " figures are those of a crowded machine."
         ),
-        paragraph(f"Machine: {cpu_model()}; {software}; {datetime.now(UTC):%Y-%m-%d}."),
+        paragraph(machine_line(cores)),
     )
     return "\n\n".join(blocks) + "\n"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.exit_code(main))

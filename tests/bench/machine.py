@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ class BenchError(Exception):
     """The benchmark can not be run, or its figures can not be believed. The message is one line that says why."""
 
 
+class UnfitError(BenchError):
+    """The machine lacks what the benchmark takes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Who runs on which core. With two cores PostgreSQL shares the load's."""
@@ -29,10 +34,10 @@ class Layout:
 
     @classmethod
     def share_out(cls, available: Iterable[int]) -> Layout:
-        """Shares out cores. Raises BenchError if there is only one."""
+        """Shares out cores. Raises UnfitError if there is only one."""
         cores = sorted(available)
         if len(cores) == 1:
-            raise BenchError(
+            raise UnfitError(
                 "there is only one core: the load would take its time from the server that it measures; "
                 "give at least two"
             )
@@ -65,6 +70,12 @@ def process_cpu_s(pid: int) -> float:
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+
+def own_cpu_s() -> float:
+    """Gives the processor time of this process and of those that it has started and that have ended, in seconds."""
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def process_name(pid: int) -> str:

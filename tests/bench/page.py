@@ -25,13 +25,13 @@ def write(plan: Plan, layout: Layout, results: Results) -> str:
         ),
         "## Results",
         report.as_markdown(report.summary(results)),
-        _list(report.findings(results)),
+        bullets(report.findings(results)),
         paragraph(f"Medians of {plan.rounds} rounds, with the least and the most in brackets."),
         *(paragraph(f"**{each}**") for each in report.warnings(results)),
         "## What is compared",
-        _list(_method(plan, results)),
+        bullets(_method(plan, results)),
         "## Machine",
-        _list(_machine(layout, results)),
+        bullets(_machine(layout, results)),
         "## Every round",
         "The ratio is that to the mean of the two turns of the no-op beside it.",
         report.as_markdown(report.rounds(results)),
@@ -110,12 +110,19 @@ def _machine(layout: Layout, results: Results) -> Iterator[str]:
     yield f"Size of the databases by their keys: {sizes}."
 
 
+def machine_line(cores: int) -> str:
+    """Says on what a benchmark was run, on how many cores, and when."""
+    software = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return f"Machine: {cpu_model()}; {cores} cores; {software}; {datetime.now(UTC):%Y-%m-%d}."
+
+
 def paragraph(text: str) -> str:
     """Breaks a paragraph into lines."""
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
-def _list(texts: Iterable[str]) -> str:
+def bullets(texts: Iterable[str]) -> str:
+    """Writes a list, each entry broken into lines."""
     return "\n".join(
         textwrap.fill(f"- {text}", WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
         for text in texts

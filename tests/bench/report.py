@@ -82,23 +82,33 @@ def findings(results: Results) -> list[str]:
     said = []
     for name, source in results.sources.items():
         ratios = [turn.ratio for turn in _turns(results, name)]
-        said.append(_compared(f"Validate from {name}, over the no-op", ratios, RATIO_WANTED[source]))
+        said.append(at_least(f"Validate from {name}, over the no-op", ratios, RATIO_WANTED[source]))
     for source in Source:
         several = [name for name in results.keys if results.sources[name] is source and results.keys[name] > 1]
         if len(several) > 1:
             pairs = zip(_turns(results, several[0]), _turns(results, several[-1]), strict=True)
             flatness = [many.ratio / few.ratio for few, many in pairs]
-            said.append(_compared(f"From {several[-1]} over {several[0]}", flatness, FLATNESS_WANTED[source]))
+            said.append(at_least(f"From {several[-1]} over {several[0]}", flatness, FLATNESS_WANTED[source]))
     names = [name for name, source in results.sources.items() if source is Source.MEMORY]
     pairs = zip(_turns(results, names[0]), _turns(results, PLAIN), strict=True)
     gain = [validate.ratio / plain.ratio for validate, plain in pairs]
-    said.append(_compared(f"Validate from {names[0]}, over the {PLAIN}", gain, GAIN_WANTED))
+    said.append(at_least(f"Validate from {names[0]}, over the {PLAIN}", gain, GAIN_WANTED))
     return said
 
 
-def _compared(what: str, values: Sequence[float], wanted: float) -> str:
-    verdict = "reached" if statistics.median(values) >= wanted else "not reached"
-    return f"{what}: {spread(values, '.2f')}; wanted at least {wanted}: {verdict}."
+def at_least(what: str, values: Sequence[float], wanted: float) -> str:
+    """Says whether the median is as large as is wanted."""
+    return _compared(what, values, f"at least {wanted}", is_reached=statistics.median(values) >= wanted)
+
+
+def at_most(what: str, values: Sequence[float], wanted: float) -> str:
+    """Says whether the median is as small as is wanted."""
+    return _compared(what, values, f"at most {wanted}", is_reached=statistics.median(values) <= wanted)
+
+
+def _compared(what: str, values: Sequence[float], wanted: str, *, is_reached: bool) -> str:
+    verdict = "reached" if is_reached else "not reached"
+    return f"{what}: {spread(values, '.2f')}; wanted {wanted}: {verdict}."
 
 
 def warnings(results: Results) -> list[str]:

@@ -108,7 +108,7 @@ async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
             databases.append(await stack.enter_async_context(cluster.seeded(keys)))
             say(f"seeded {keys:,} {'key' if keys == 1 else 'keys'} in {time.monotonic() - started_s:.0f} s")
         rng = random.Random(plan.seed)  # noqa: S311 - which keys are asked for is no secret
-        load = Load(core=layout.load, processes=plan.processes, folder=folder, rng=rng)
+        load = Load(cores=[layout.load], processes=plan.processes, folder=folder / "load", rng=rng)
         async with AsyncExitStack() as running:
             services = [
                 await running.enter_async_context(servers.service(each, source, layout.server, folder))

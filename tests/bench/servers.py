@@ -1,15 +1,13 @@
-"""The two servers that are compared, each a process of its own on the same core: the service, and a no-op."""
+"""The servers that are measured: the service, alone on its core or of several workers, and a no-op beside it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
 import struct
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from apikeys.v1 import key_service_pb2 as pb
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from bench.database import TAG_KEY, Seeded
 from bench.machine import BenchError, free_port, pinned
+from bench.metrics import Scrape
 
 PLAIN = "no-op on default grpc.aio"
 METHOD = "/apikeys.v1.KeyService/Validate"
@@ -32,7 +31,13 @@ ROOT_TOKEN = "root-token-of-the-benchmark-0123456789abcdef"
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 10.0
 
-_SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$")
+AS_ROOT = (("authorization", f"Bearer {ROOT_TOKEN}"),)
+"""The metadata of a call that manages keys."""
+
+# A connection for each channel, though all lead to the same address.
+OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
+# Connections that are made, one after the other, until each worker was reached: for two, some are enough.
+MAX_WARMING = 100
 
 
 def request(token: str) -> pb.ValidateRequest:
@@ -65,7 +70,12 @@ class Target:
     @property
     def url(self) -> str:
         """The address of Validate."""
-        return f"http://127.0.0.1:{self.port}{METHOD}"
+        return f"http://{self.address}{METHOD}"
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return f"127.0.0.1:{self.port}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,19 +89,15 @@ class Service(Target):
 
     async def figures(self) -> Figures:
         """Reads the counters."""
-        return Figures.parse(await asyncio.to_thread(_fetch, f"http://127.0.0.1:{self.metrics_port}/metrics"))
+        return Figures.of(await Scrape.read(self.metrics_port))
 
     async def warm(self) -> None:
         """Asks for every token once, so that a service that answers from memory has it there."""
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}") as channel:
-            stub: KeyServiceStub[pb.BatchValidateResponse] = KeyServiceStub(channel)  # type: ignore[type-arg]
-            for first in range(0, len(self.seeded.tokens), BATCH):
-                requests = [request(token) for token in self.seeded.tokens[first : first + BATCH]]
-                await stub.BatchValidate(pb.BatchValidateRequest(requests=requests), timeout=START_DEADLINE_S)
+        await _ask_for_all(self.address, self.seeded.tokens)
 
     async def check_answers(self) -> None:
         """Asks for some tokens by an ordinary client. Raises BenchError unless each is answered as it must be."""
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+        async with grpc.aio.insecure_channel(self.address, options=OWN_CONNECTION) as channel:
             for token, key_id in self.seeded.sample.items():
                 answer = await _ask(channel, token)
                 if (answer.outcome, answer.key_id) != (pb.OUTCOME_VALID, key_id):
@@ -112,18 +118,12 @@ class Figures:
     digests: float
 
     @classmethod
-    def parse(cls, text: str) -> Figures:
-        """Reads them from what the metrics port says."""
-        samples = [match.groups() for line in text.splitlines() if (match := _SAMPLE.match(line))]
-        plain = {name: float(value) for name, labels, value in samples if labels is None}
+    def of(cls, scrape: Scrape) -> Figures:
+        """Finds them among all that the service tells."""
         return cls(
-            outcomes={
-                labels.partition('"')[2].rstrip('"'): float(value)
-                for name, labels, value in samples
-                if name == "latchgate_outcomes_total"
-            },
-            statements=plain["latchgate_lookup_batch_size_count"],
-            digests=plain["latchgate_lookup_batch_size_sum"],
+            outcomes=scrape.by("outcome", "latchgate_outcomes_total"),
+            statements=scrape.total("latchgate_lookup_batch_size_count"),
+            digests=scrape.total("latchgate_lookup_batch_size_sum"),
         )
 
     def since(self, before: Figures) -> Figures:
@@ -136,10 +136,35 @@ class Figures:
         )
 
 
-def _fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - a port of our own
-        text: str = answer.read().decode()
-    return text
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet(Target):
+    """A service of several workers on one database; `pid` is their supervisor's."""
+
+    workers: int
+    metrics_port: int
+    seeded: Seeded
+
+    async def scrape(self) -> Scrape:
+        """Reads all that its workers tell. Raises OSError if it does not answer."""
+        return await Scrape.read(self.metrics_port)
+
+    async def warm(self) -> None:
+        """Asks every worker for every token, over as many connections as that takes. Raises BenchError."""
+        for _ in range(MAX_WARMING):
+            await _ask_for_all(self.address, self.seeded.tokens)
+            held = (await self.scrape()).by("worker", "latchgate_memory_keys")
+            if len(held) == self.workers and min(held.values()) >= len(self.seeded.tokens):
+                return
+        raise BenchError(f"not every worker has all {len(self.seeded.tokens)} keys in memory")
+
+
+async def _ask_for_all(address: str, tokens: Sequence[str]) -> None:
+    """Asks for tokens over one connection, so that the worker it leads to has them in memory."""
+    async with grpc.aio.insecure_channel(address, options=OWN_CONNECTION) as channel:
+        stub: KeyServiceStub[pb.BatchValidateResponse] = KeyServiceStub(channel)  # type: ignore[type-arg]
+        for first in range(0, len(tokens), BATCH):
+            requests = [request(token) for token in tokens[first : first + BATCH]]
+            await stub.BatchValidate(pb.BatchValidateRequest(requests=requests), timeout=START_DEADLINE_S)
 
 
 async def _ask(channel: grpc.aio.Channel, token: str) -> pb.ValidateResponse:
@@ -197,18 +222,29 @@ async def noop(
 
 
 @asynccontextmanager
-async def fleet(seeded: Seeded, workers: int, cores: Sequence[int], folder: Path) -> AsyncIterator[str]:
-    """Runs `latchgate serve` with so many workers on these cores, until the block ends; gives its address."""
-    port = free_port()
-    environment, log = _environment(seeded, port, free_port(), workers=workers), folder / f"fleet-{workers}.log"
+async def fleet(
+    seeded: Seeded, workers: int, cores: Sequence[int], folder: Path, settings: Mapping[str, str] | None = None
+) -> AsyncIterator[Fleet]:
+    """Runs `latchgate serve` with so many workers on these cores, and with these settings, until the block ends."""
+    port, metrics_port = free_port(), free_port()
+    environment = _environment(seeded, port, metrics_port, workers=workers) | dict(settings or {})
+    log = folder / f"fleet-{workers}-{port}.log"
     async with _process(["-m", "latchgate", "serve"], cores=cores, environment=environment, log=log) as process:
-        await _first_answer(process, port, next(iter(seeded.sample)), log)
+        answer = await _first_answer(process, port, next(iter(seeded.sample)), log)
         deadline_s = time.monotonic() + START_DEADLINE_S + workers
         while b"serving" not in log.read_bytes():
             if time.monotonic() > deadline_s:
                 raise BenchError(f"{workers} workers do not start: {_last_line(log)}")
             await asyncio.sleep(0.1)
-        yield f"127.0.0.1:{port}"
+        yield Fleet(
+            name=f"{workers} {'worker' if workers == 1 else 'workers'}",
+            pid=process.pid,
+            port=port,
+            answer=answer,
+            workers=workers,
+            metrics_port=metrics_port,
+            seeded=seeded,
+        )
 
 
 def _environment(seeded: Seeded, port: int, metrics_port: int, *, workers: int) -> dict[str, str]:

@@ -10,6 +10,7 @@ from apikeys.v1 import key_service_pb2 as pb
 from bench import rounds
 from bench.load import Burst, evaluated
 from bench.machine import BenchError, Layout
+from bench.metrics import Scrape
 from bench.servers import Figures, Source, Target
 
 ANSWER = pb.ValidateResponse(outcome=pb.OUTCOME_VALID, key_id="key_" + "0" * 26)
@@ -116,8 +117,8 @@ def test_what_h2load_does_not_say_is_not_made_up(output: str, log: str) -> None:
 
 def test_counters_are_compared() -> None:
     """Outcomes that did not grow are left out; the others and the statements are told by how much they grew."""
-    before = Figures.parse(METRICS)
-    after = Figures.parse(METRICS.replace("} 12.0", "} 20.0").replace("sum 13.0", "sum 23.0"))
+    before = Figures.of(Scrape.parse(METRICS))
+    after = Figures.of(Scrape.parse(METRICS.replace("} 12.0", "} 20.0").replace("sum 13.0", "sum 23.0")))
 
     grown = after.since(before)
 

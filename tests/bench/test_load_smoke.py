@@ -1,0 +1,237 @@
+"""The benchmarks of workers, floods and memory in their smallest form, and what they make of their figures."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from apikeys.v1 import key_service_pb2 as pb
+from bench import flood_page, memory, tokens, workers_page
+from bench.database import TAG_KEY
+from bench.flood import check_counts
+from bench.flood_page import Flood, Plan
+from bench.load import Burst
+from bench.machine import BenchError, Layout
+from bench.memory import Held
+from bench.tokens import Kind
+from bench.workers_page import Cores
+from latchgate.domain.token import Form, TokenFormat
+
+BENCH = Path(__file__).parent
+FRAME_BYTES = 5
+BURST = Burst(
+    per_s=100.0, p50_ms=1.0, p99_ms=2.0, started=104, succeeded=100, failed=0, data_bytes=0, core_share=0.5, bodies=52
+)
+
+needs_h2load = pytest.mark.skipif(
+    shutil.which("h2load") is None,
+    reason="h2load is not installed (Debian, Ubuntu: apt-get install nghttp2-client)",
+)
+needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="the benchmark needs two cores")
+
+
+def _page(name: str, postgres_url: str, folder: Path, *arguments: str) -> str:
+    """Runs a benchmark, demands that it ends well, and gives its page in one line."""
+    output = folder / "page.md"
+    with subprocess.Popen(
+        [sys.executable, str(BENCH / name), *arguments, "--output", str(output)],
+        env={"PATH": os.environ["PATH"], "LATCHGATE_DATABASE_URL": postgres_url},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            said, complaints = process.communicate(timeout=110)
+        finally:
+            process.kill()
+    assert ("", 0) == (complaints, process.returncode), said
+    return " ".join(output.read_text().split())
+
+
+@needs_h2load
+@needs_two_cores
+def test_workers_are_compared(postgres_url: str, tmp_path: Path) -> None:
+    """One worker and two take turns, and the page has a row for each, what is wanted, and whose cores they were."""
+    page = _page("workers.py", postgres_url, tmp_path, "--rounds", "1", "--seconds", "2", "--processes", "8")
+
+    assert "| 1 | " in page
+    assert "| 2 | " in page
+    assert "Calls a second of two workers over one: " in page
+    assert ("The load had no core of its own" in page) == (len(os.sched_getaffinity(0)) == 2)
+
+
+@needs_h2load
+@needs_two_cores
+def test_floods_are_measured(postgres_url: str, tmp_path: Path) -> None:
+    """Floods of both kinds are compared with quiet, no good key is refused, and wrong tags cost no lookup."""
+    page = _page("flood.py", postgres_url, tmp_path, "--rounds", "1", "--seconds", "1", "--flood", "2", "--good", "4")
+
+    for kind in Kind:
+        assert f"| {kind.value}, 2 connections | " in page
+        assert f"p99 of good keys amid {kind.value}, 2 connections, over quiet: " in page
+    assert "none was refused" in page
+    assert "Lookups amid tokens of our form with a wrong tag, 2 connections: 0 a second; allowed: none: kept." in page
+
+
+def test_memory_is_measured(postgres_url: str, tmp_path: Path) -> None:
+    """Workers with different numbers of keys are measured, and the page says what a key takes."""
+    page = _page("memory.py", postgres_url, tmp_path, "--keys", "100,2000")
+
+    assert "| 100 | " in page
+    assert "| 2,000 | " in page
+    assert "A key in memory takes " in page
+
+
+def test_slope_of_memory_is_that_of_a_key() -> None:
+    """What a worker takes with any number of keys is not counted as theirs."""
+    held = [Held(keys=keys, empty_bytes=1e8, rss_bytes=1.5e8 + 900 * keys) for keys in (1000, 100_000)]
+
+    assert pytest.approx(900) == memory.bytes_a_key(held)
+    assert memory.bytes_a_key(held[:1]) is None
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_made_up_tokens_are_what_they_are_called(kind: Kind) -> None:
+    """Each body is another request, as long as those before it, with a token of the kind that the flood is named by."""
+    form = {Kind.WRONG_TAG: Form.IMPOSSIBLE, Kind.FOREIGN: Form.FOREIGN}[kind]
+    format_ = TokenFormat(TAG_KEY.encode())
+    for feed in tokens.feeds(kind, 4, random.Random(1)):  # noqa: S311 - an example
+        bodies = {feed() for _ in range(50)}
+        requests = [pb.ValidateRequest.FromString(body[FRAME_BYTES:]) for body in bodies]
+        assert 50 == len(bodies)
+        assert 1 == len({len(body) for body in bodies})
+        assert {form} == {format_.recognise(request.token) for request in requests}
+        assert {"203.0.113.7"} == {request.client_ip for request in requests}
+
+
+def test_foreign_tokens_are_of_all_lengths() -> None:
+    """The shortest and the longest that may be looked up are among them."""
+    bodies = [feed() for feed in tokens.feeds(Kind.FOREIGN, 3, random.Random(1))]  # noqa: S311 - an example
+    lengths = [len(pb.ValidateRequest.FromString(body[FRAME_BYTES:]).token) for body in bodies]
+
+    assert [16, 264, 512] == lengths
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "refused"),
+    [
+        ({"VALID": 99, "NOT_FOUND": 100}, 0),
+        ({"VALID": 100, "NOT_FOUND": 99}, 0),
+        ({"VALID": 100, "NOT_FOUND": 100}, 5),
+        ({"VALID": 100, "NOT_FOUND": 99, "REVOKED": 1}, 0),
+        ({}, 0),
+    ],
+)
+def test_a_flood_that_is_not_counted_as_such_is_refused(outcomes: dict[str, float], refused: float) -> None:
+    """A turn in which a good call may have been refused, or one of the flood was not, is no measurement."""
+    with pytest.raises(BenchError, match="the service counted"):
+        check_counts(BURST, BURST, outcomes, refused)
+
+
+def test_an_agreeing_flood_is_taken() -> None:
+    """The good calls are VALID and those of the flood NOT_FOUND or refused; a quiet turn has no others."""
+    check_counts(BURST, BURST, {"VALID": 104, "NOT_FOUND": 40}, 60)
+    check_counts(BURST, None, {"VALID": 100}, 0)
+
+
+def _turn(flood: Flood | None, p99_ms: float, digests: float, quiet: list[flood_page.Turn]) -> flood_page.Turn:
+    return flood_page.Turn(
+        flood=flood,
+        good=replace(BURST, p99_ms=p99_ms),
+        flooded=BURST if flood else None,
+        lasted_s=4.0,
+        statements=digests,
+        digests=digests,
+        over_budget=0,
+        refused=0,
+        server_cpu_s=2.0,
+        quiet=quiet,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "digests", "verdict"),
+    [
+        (Kind.WRONG_TAG, 0, "kept"),
+        (Kind.WRONG_TAG, 1, "exceeded"),
+        (Kind.FOREIGN, 2500, "kept"),
+        (Kind.FOREIGN, 2501, "exceeded"),
+    ],
+)
+def test_lookups_are_held_against_the_budget(kind: Kind, digests: float, verdict: str) -> None:
+    """Wrong tags may cost no lookup, foreign tokens as many as the budget has for the time and at its beginning."""
+    flood = Flood(kind=kind, connections=8)
+    quiet = [_turn(None, 1.0, 0, []), _turn(None, 2.0, 0, [])]
+    plan = Plan(floods=[flood], good=4, each_per_s=50, rounds=1, seconds=3.0, seed=1)
+    layout = Layout.share_out({0, 1})
+    results = flood_page.Results(plan=plan, layout=layout, turns=[_turn(flood, 3.0, digests, quiet)])
+
+    said = " ".join(flood_page.findings(results))
+
+    assert verdict in said
+    # 3 over the mean of 1 and 2.
+    assert "over quiet: 2.00; wanted at most 2.0: reached" in said
+    assert pytest.approx(2.0) == results.turns[0].tokens_sent_again
+
+
+@pytest.mark.parametrize(
+    ("available", "cores", "is_load_alone"),
+    [
+        ({0, 1}, Cores(few=(1,), many=(0, 1), load=(0,), total=2), False),
+        ({0, 1, 2}, Cores(few=(2,), many=(1, 2), load=(0,), total=3), True),
+        ({0, 1, 2, 3}, Cores(few=(3,), many=(2, 3), load=(0, 1), total=4), True),
+    ],
+)
+def test_each_worker_has_a_core(available: set[int], cores: Cores, *, is_load_alone: bool) -> None:
+    """Workers have a core each and the load what is left; where nothing is, that is known. Torn tokens are none."""
+    shared = Cores.share_out(available)
+
+    assert cores == shared
+    assert is_load_alone == shared.is_load_alone
+    assert (shared.turn_s is None) == (len(cores.load) > 1)
+
+
+def _workers_turn(workers: int, per_s: float) -> workers_page.Turn:
+    names = [str(number + 1) for number in range(workers)]
+    return workers_page.Turn(
+        round=1,
+        workers=workers,
+        burst=replace(BURST, per_s=per_s),
+        lasted_s=1.0,
+        load_cpu_s=0.25,
+        cpu_s=dict.fromkeys(names, 1.0 / workers),
+        calls=dict.fromkeys(names, 10000.0 / workers),
+    )
+
+
+def test_what_two_cores_can_not_show_is_said() -> None:
+    """Where the load shares a core with a worker, the page says so, and what the ratio could be at most."""
+    results = workers_page.Results(
+        cores=Cores.share_out({0, 1}),
+        turns=[_workers_turn(1, 10_000.0), _workers_turn(2, 18_000.0)],
+        processes=32,
+        seconds=1.0,
+    )
+
+    said = " ".join(workers_page.findings(results))
+
+    assert "over one: 1.80; wanted at least 1.7: reached" in said
+    assert "CPU time of a call with two workers over that with one: 1.00" in said
+    # 100 us of a worker and 25 us of the load: 2 x 100 / 125.
+    assert "can not be above 1.60" in said
+
+
+def test_a_load_with_cores_of_its_own_is_said() -> None:
+    """Where there are cores enough, nothing is taken off the figures."""
+    turns = [_workers_turn(1, 10_000.0), _workers_turn(2, 18_000.0)]
+    results = workers_page.Results(cores=Cores.share_out(range(4)), turns=turns, processes=32, seconds=1.0)
+
+    assert "The load had cores of its own" in " ".join(workers_page.findings(results))
+    assert "on cores 0 and 1, each with one connection" in " ".join(workers_page.write(results).split())
