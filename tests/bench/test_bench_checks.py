@@ -56,7 +56,9 @@ def test_an_agreeing_count_is_taken(valid: int) -> None:
     _check(BURST, {"VALID": valid})
 
 
-@pytest.mark.parametrize("outcomes", [{}, {"VALID": 99}, {"VALID": 105}, {"VALID": 100, "NOT_FOUND": 1}])
+@pytest.mark.parametrize(
+    "outcomes", [{}, {"VALID": 99}, {"VALID": 105}, {"VALID": 100, "NOT_FOUND": 1}, {"VALID": 100, "REVOKED": 1}]
+)
 def test_a_count_that_does_not_agree_is_refused(outcomes: dict[str, float]) -> None:
     """A turn in which the service counted other answers than h2load saw, or others than VALID, is no measurement."""
     with pytest.raises(BenchError, match="the service counted"):
