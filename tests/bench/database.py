@@ -29,7 +29,7 @@ MAX_TOKENS = 50_000
 """Of how many keys the tokens are known, evenly spread over all: more than are asked for while a server is cached."""
 
 _FILL = (
-    "INSERT INTO plan (id, rate_limit_per_minute, max_keys) VALUES ('bench', 100000000, 1000)",
+    "INSERT INTO plan (id, rate_limit_per_minute, max_keys) VALUES ('bench', 10000, 1000)",
     """
     INSERT INTO organization (id, name, plan_id, key_count)
     SELECT 'bench-' || lpad(o::text, 4, '0'), 'Organization ' || o, 'bench',

@@ -42,6 +42,8 @@ class AnswerWriter:
     def __init__(self, ttl_s: float) -> None:
         """Takes for how long a VALID answer may be used again, if its key has no limit to be counted against."""
         self._ttl_s = ttl_s
+        # What an answer of VALID ends with where there is no limit.
+        self._valid, self._revision = b"", -1
         self.limits: dict[int, _Limited] = {}
         # Varints of two bytes at most, and the two bytes of a longer one that others follow.
         self._last = [_varint(number) for number in range(1 << 14)]
@@ -53,6 +55,10 @@ class AnswerWriter:
         if record is None:
             return _told(outcome, revision, 0)
         if rate is None:
+            if outcome is _VALID and not self._ttl_s:
+                if revision != self._revision:
+                    self._valid, self._revision = _told(_VALID, revision, 0), revision
+                return record.shown + self._valid
             return record.shown + _told(outcome, revision, self._ttl_ms(outcome, record, now_s))
         if outcome is not _VALID:
             return record.shown + _told(outcome, revision, 0) + _refused(rate, now_s)
@@ -64,7 +70,7 @@ class AnswerWriter:
             prepared = self._prepare(revision, limit, reset_s)
         _, _, before, after = prepared
         left = self._last[remaining] if remaining < 1 << 14 else self._long(remaining)
-        return record.shown + before[len(left)] + left + after
+        return record.shown + (before[len(left)] + left + after)
 
     def _prepare(self, revision: int, limit: int, reset_s: int) -> _Limited:
         """Writes what is the same for all keys of a limit."""
