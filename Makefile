@@ -97,6 +97,10 @@ simulate: $(STAMP) ## Run 5000 simulated schedules of workers, network and datab
 bench-effective: $(STAMP) ## Measure how long revocations take with 1, 4 and 20 workers; writes docs/effective.md
 	@$(BIN)/python tests/bench/effective.py
 
+.PHONY: bench-settings
+bench-settings: $(STAMP) ## Measure what choices of how gRPC is run cost, side by side; writes docs/settings.md
+	@$(BIN)/python tests/bench/settings.py
+
 .PHONY: bench-workers
 bench-workers: $(STAMP) ## Measure what a second worker adds; writes docs/workers.md
 	@$(BIN)/python tests/bench/workers.py

@@ -66,6 +66,11 @@ def arguments(prog: str, description: str, *, rounds: int, seconds: float) -> ar
     return parser
 
 
+def take_note(parser: argparse.ArgumentParser) -> None:
+    """Has a command take a note for its page."""
+    parser.add_argument("--note", default="", help="what the page is to say of how the machine was used besides")
+
+
 def write_page(page: str, output: Path | None, usual: Path) -> None:
     """Writes a page where it was asked for; a run with no arguments at all writes its usual page."""
     file = output or (usual if len(sys.argv) == 1 else None)

@@ -213,8 +213,17 @@ async def distinct_keys_used(url: str) -> int:
 
 async def make_room(url: str) -> None:
     """Lets organizations have as many keys as a benchmark wants to make."""
+    await _execute(url, "UPDATE plan SET max_keys = 1000000")
+
+
+async def lift_limits(url: str) -> None:
+    """Lets keys be used as often as anyone likes. Before a service is started on it."""
+    await _execute(url, "UPDATE plan SET rate_limit_per_minute = 0")
+
+
+async def _execute(url: str, statement: str) -> None:
     connection = await asyncpg.connect(url)
     try:
-        await connection.execute("UPDATE plan SET max_keys = 1000000")
+        await connection.execute(statement)
     finally:
         await connection.close()

@@ -1,8 +1,14 @@
 """The yardstick: a gRPC server that reads a ValidateRequest, and answers every one with the same bytes.
 
 It runs on the same grpcio with the same options, the same event loop and the same scheduling as the service, and does
-nothing else; with `plain` on what grpc.aio and uvloop are without all that. Its arguments are the port to listen on, a
-file that holds the answer, and `tuned` or `plain`.
+nothing else. Its arguments are the port to listen on, a file that holds the answer, and choices that differ from that:
+
+- `plain`: what grpc.aio and uvloop are without the service's options and scheduling
+- `policy`: the system's usual scheduling policy
+- `asyncio`: asyncio's own event loop
+- `bytes`: requests and answers are not read and written, but passed on as bytes
+- `awaitable`: the handler looks as if it could be awaited itself, as the service's does
+- `NAME=NUMBER`: an option of grpc
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +28,37 @@ from latchgate.rpc.server import KEY_SERVICE, OPTIONS
 from latchgate.scheduling import schedule_for_throughput
 
 
-async def serve(port: int, answer: pb.ValidateResponse, *, is_plain: bool) -> None:
-    """Serves until SIGTERM or SIGINT."""
+class _Awaitable:
+    """A handler that grpc need not look into."""
 
-    async def validate(_request: pb.ValidateRequest, _context: Any) -> pb.ValidateResponse:
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    async def __call__(self, _request: Any, _context: Any) -> Any:
+        return self._answer
+
+    def __await__(self) -> Generator[None]:
+        raise TypeError("only what a call gives can be awaited")
+
+
+async def serve(port: int, written: bytes, choices: Collection[str]) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    is_raw = "bytes" in choices
+    answer = written if is_raw else pb.ValidateResponse.FromString(written)
+
+    async def validate(_request: Any, _context: Any) -> Any:
         return answer
 
     handler = grpc.unary_unary_rpc_method_handler(
-        validate,
-        request_deserializer=pb.ValidateRequest.FromString,
-        response_serializer=pb.ValidateResponse.SerializeToString,
+        _Awaitable(answer) if "awaitable" in choices else validate,
+        request_deserializer=None if is_raw else pb.ValidateRequest.FromString,
+        response_serializer=None if is_raw else pb.ValidateResponse.SerializeToString,
     )
-    if not is_plain:
+    is_plain = "plain" in choices
+    if not is_plain and "policy" not in choices:
         schedule_for_throughput()
-    server = grpc.aio.server(options=() if is_plain else OPTIONS)
+    changed = {name: int(number) for name, _, number in (each.partition("=") for each in choices) if number}
+    server = grpc.aio.server(options=() if is_plain else tuple((dict(OPTIONS) | changed).items()))
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(KEY_SERVICE.full_name, {"Validate": handler}),)
     )
@@ -48,6 +72,6 @@ async def serve(port: int, answer: pb.ValidateResponse, *, is_plain: bool) -> No
 
 
 if __name__ == "__main__":
-    fixed = pb.ValidateResponse.FromString(Path(sys.argv[2]).read_bytes())
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(int(sys.argv[1]), fixed, is_plain=sys.argv[3:] == ["plain"]))
+    loop_factory = None if "asyncio" in sys.argv[3:] else uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(serve(int(sys.argv[1]), Path(sys.argv[2]).read_bytes(), sys.argv[3:]))

@@ -15,8 +15,8 @@ from bench.rounds import Plan, Results
 WIDTH = 120
 
 
-def write(plan: Plan, layout: Layout, results: Results) -> str:
-    """Writes the page."""
+def write(plan: Plan, layout: Layout, results: Results, note: str) -> str:
+    """Writes the page, with a note on how the machine was used besides."""
     blocks = (
         "# Performance",
         paragraph(
@@ -31,7 +31,7 @@ def write(plan: Plan, layout: Layout, results: Results) -> str:
         "## What is compared",
         bullets(_method(plan, results)),
         "## Machine",
-        bullets(_machine(layout, results)),
+        bullets([*_machine(layout, results), *([note] if note else [])]),
         "## Every round",
         "The ratio is that to the mean of the two turns of the no-op beside it.",
         report.as_markdown(report.rounds(results)),
@@ -39,7 +39,8 @@ def write(plan: Plan, layout: Layout, results: Results) -> str:
         "```\nmake bench\n```",
         paragraph(
             "It needs Linux, two cores and `h2load` (on Debian and Ubuntu: `apt-get install nghttp2-client`), and takes"
-            " about seven minutes. With `LATCHGATE_DATABASE_URL` it uses a PostgreSQL server of yours: it makes"
+            " about seven minutes, with ten million keys as many again. With `LATCHGATE_DATABASE_URL` it uses a"
+            " PostgreSQL server of yours: it makes"
             " databases of its own there, and drops them. `python tests/bench/run.py --help` lists what can be varied."
             " A run with options writes no page, unless `--output` names a file."
         ),

@@ -120,7 +120,7 @@ async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
             ]
             answer = services[-1].answer
             yardstick = await running.enter_async_context(servers.noop(answer, layout.server, folder))
-            plain = await running.enter_async_context(servers.noop(answer, layout.server, folder, is_plain=True))
+            plain = await running.enter_async_context(servers.plain_noop(answer, layout.server, folder))
             turns = await _Comparison(plan, load, cluster, yardstick, say).run([*services, plain], services[-1].bodies)
         return Results(
             turns=turns,

@@ -33,7 +33,7 @@ def main() -> int:
     )
     results = command.run(measure(plan, layout, say))
     _show(results)
-    command.write_page(page.write(plan, layout, results), arguments.output, PAGE)
+    command.write_page(page.write(plan, layout, results, arguments.note), arguments.output, PAGE)
     return 0
 
 
@@ -41,6 +41,7 @@ def _arguments() -> argparse.Namespace:
     parser = command.arguments("make bench", "Measures Validate against a no-op RPC.", rounds=7, seconds=5.0)
     parser.add_argument("--keys", type=counts, default=(1000, 1_000_000), help="numbers of keys (1000,1000000)")
     parser.add_argument("--processes", type=positive, default=32, help="calls under way at a time (%(default)s)")
+    command.take_note(parser)
     return parser.parse_args()
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -201,24 +201,30 @@ async def service(seeded: Seeded, source: Source, core: int, folder: Path) -> As
 
 @asynccontextmanager
 async def noop(
-    answer: pb.ValidateResponse, core: int, folder: Path, *, is_plain: bool = False
+    answer: pb.ValidateResponse,
+    core: int,
+    folder: Path,
+    *,
+    name: str = "no-op",
+    choices: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Target]:
-    """Runs the yardstick with an answer of the service, until the block ends.
-
-    As it is without the service's choice of options and scheduling if it `is_plain`.
-    """
+    """Runs the yardstick with an answer of the service, until the block ends; `choices` are those of noop.py."""
     port = free_port()
-    kind = "plain" if is_plain else "tuned"
-    script, file, log = Path(__file__).with_name("noop.py"), folder / f"answer-{kind}", folder / f"noop-{kind}.log"
+    script, file, log = Path(__file__).with_name("noop.py"), folder / f"answer-{port}", folder / f"noop-{port}.log"
     file.write_bytes(answer.SerializeToString())
-    # What the service chooses for grpc has come into the environment with its package; empty, nothing is chosen.
-    environment = os.environ | ({"GRPC_EXPERIMENTS": ""} if is_plain else {})
-    arguments = [str(script), str(port), str(file), kind]
-    async with _process(arguments, cores=[core], environment=environment, log=log) as process:
+    arguments, variables = [str(script), str(port), str(file), *choices], os.environ | dict(environment or {})
+    async with _process(arguments, cores=[core], environment=variables, log=log) as process:
         given = await _first_answer(process, port, "", log)
         if given != answer:
             raise BenchError("the no-op answers with something else than it was told")
-        yield Target(name=PLAIN if is_plain else "no-op", pid=process.pid, port=port, answer=given)
+        yield Target(name=name, pid=process.pid, port=port, answer=given)
+
+
+def plain_noop(answer: pb.ValidateResponse, core: int, folder: Path) -> AbstractAsyncContextManager[Target]:
+    """Runs the no-op on grpc.aio as it comes: without the service's choice of options and scheduling."""
+    # What the service chooses for grpc has come into the environment with its package; empty, nothing is chosen.
+    return noop(answer, core, folder, name=PLAIN, choices=["plain"], environment={"GRPC_EXPERIMENTS": ""})
 
 
 @asynccontextmanager

@@ -20,6 +20,7 @@ from bench.flood_page import Flood, Plan
 from bench.load import Burst
 from bench.machine import BenchError, Layout
 from bench.memory import Held
+from bench.settings import GROUPS, VALIDATES
 from bench.tokens import Kind
 from bench.workers_page import Cores
 from latchgate.domain.token import Form, TokenFormat
@@ -65,6 +66,19 @@ def test_workers_are_compared(postgres_url: str, tmp_path: Path) -> None:
     assert "| 2 | " in page
     assert "Calls a second of two workers over one: " in page
     assert ("The load had no core of its own" in page) == (len(os.sched_getaffinity(0)) == 2)
+
+
+@needs_h2load
+@needs_two_cores
+def test_settings_are_compared(postgres_url: str, tmp_path: Path) -> None:
+    """Validate and every setting are compared with a no-op beside them, and the page has a row for each."""
+    page = _page("settings.py", postgres_url, tmp_path, "--rounds", "1", "--seconds", "1", "--note", "Others ran.")
+
+    for name in (*VALIDATES, *(setting.name for group in GROUPS for setting in group)):
+        assert f"| {name} | " in page
+    for name in VALIDATES:
+        assert f"{name}: " in page
+    assert "Others ran." in page
 
 
 @needs_h2load
