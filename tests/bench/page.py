@@ -38,11 +38,11 @@ def write(plan: Plan, layout: Layout, results: Results, note: str) -> str:
         "## Repeat it",
         "```\nmake bench\n```",
         paragraph(
-            "It needs Linux, two cores and `h2load` (on Debian and Ubuntu: `apt-get install nghttp2-client`), and takes"
-            " about seven minutes, with ten million keys as many again. With `LATCHGATE_DATABASE_URL` it uses a"
-            " PostgreSQL server of yours: it makes"
-            " databases of its own there, and drops them. `python tests/bench/run.py --help` lists what can be varied."
-            " A run with options writes no page, unless `--output` names a file."
+            "It needs Linux, two cores, ten gigabytes of disk and `h2load` (on Debian and Ubuntu: `apt-get install"
+            " nghttp2-client`), and takes about twenty minutes, of which six are for filling the databases. With"
+            " `LATCHGATE_DATABASE_URL` it uses a PostgreSQL server of yours: it makes databases of its own there, and"
+            " drops them. `python tests/bench/run.py --help` lists what can be varied. A run with options writes no page,"
+            " unless `--output` names a file."
         ),
     )
     return "\n\n".join(blocks) + "\n"

@@ -17,6 +17,7 @@ from bench import command, page, report  # noqa: E402 - found by the line above
 from bench.command import counts, positive, say  # noqa: E402
 from bench.rounds import Plan, Results, measure  # noqa: E402
 
+KEYS = (1000, 1_000_000, 10_000_000)
 PAGE = ROOT / "docs" / "performance.md"
 
 
@@ -39,7 +40,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = command.arguments("make bench", "Measures Validate against a no-op RPC.", rounds=7, seconds=5.0)
-    parser.add_argument("--keys", type=counts, default=(1000, 1_000_000), help="numbers of keys (1000,1000000)")
+    parser.add_argument("--keys", type=counts, default=KEYS, help=f"numbers of keys ({','.join(map(str, KEYS))})")
     parser.add_argument("--processes", type=positive, default=32, help="calls under way at a time (%(default)s)")
     command.take_note(parser)
     return parser.parse_args()
