@@ -41,8 +41,8 @@ def write(plan: Plan, layout: Layout, results: Results, note: str) -> str:
             "It needs Linux, two cores, ten gigabytes of disk and `h2load` (on Debian and Ubuntu: `apt-get install"
             " nghttp2-client`), and takes about twenty minutes, of which six are for filling the databases. With"
             " `LATCHGATE_DATABASE_URL` it uses a PostgreSQL server of yours: it makes databases of its own there, and"
-            " drops them. `python tests/bench/run.py --help` lists what can be varied. A run with options writes no page,"
-            " unless `--output` names a file."
+            " drops them. `python tests/bench/run.py --help` lists what can be varied. A run with options writes no"
+            " page, unless `--output` names a file."
         ),
     )
     return "\n\n".join(blocks) + "\n"
