@@ -1,7 +1,7 @@
 """Validate answered from memory: from the bytes of a request to those of its answer, without waiting for anything.
 
 Written for speed: nearly all calls are answered here, on a processor whose caches and predictions were left behind by
-grpc and the kernel, so that each line costs several times what it costs in a loop of its own (docs/performance.md).
+grpc and the kernel, so that each line costs several times what it costs in a loop of its own (docs/settings.md).
 """
 
 from __future__ import annotations
