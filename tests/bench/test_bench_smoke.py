@@ -110,7 +110,7 @@ async def test_ctrl_c_ends_all_that_was_started(postgres_url: str) -> None:
         assert process.stdout.readline().startswith("measuring: ")
         children = _children(process.pid, 7)
         process.send_signal(signal.SIGINT)
-        _, complaints = process.communicate(timeout=30)
+        _, complaints = process.communicate(timeout=90)
 
     assert ("bench: stopped\n", 130) == (complaints, process.returncode)
     assert set() == _alive(children)
@@ -121,7 +121,7 @@ async def test_ctrl_c_ends_all_that_was_started(postgres_url: str) -> None:
 def test_without_h2load_it_says_how_to_get_it(tmp_path: Path) -> None:
     """Where h2load is not installed, one line says so and names the package, and the exit code is 3."""
     with _bench(*SMALLEST, environment={"PATH": str(tmp_path)}) as process:
-        said, complaints = process.communicate(timeout=30)
+        said, complaints = process.communicate(timeout=90)
 
     assert "bench: h2load is not installed; on Debian and Ubuntu: apt-get install nghttp2-client\n" == complaints
     assert ("", 3) == (said, process.returncode)
@@ -131,7 +131,7 @@ def test_without_h2load_it_says_how_to_get_it(tmp_path: Path) -> None:
 def test_on_one_core_it_does_not_measure() -> None:
     """With a single core, where the load would take the server's time, one line says so and the exit code is 3."""
     with pinned(sorted(os.sched_getaffinity(0))[:1]), _bench(*SMALLEST, environment={}) as process:
-        said, complaints = process.communicate(timeout=30)
+        said, complaints = process.communicate(timeout=90)
 
     assert complaints.startswith("bench: there is only one core: ")
     assert 1 == complaints.count("\n")
