@@ -71,6 +71,27 @@ async def test_without_a_grace_period(acme: Tenant, grace: timedelta | None) -> 
     assert rotated.key.update_time == rotated.key.secrets[1].expire_time
 
 
+@pytest.mark.parametrize("graces", [(timedelta(0),), (timedelta(minutes=1), timedelta(0))])
+async def test_a_clock_that_is_set_back_brings_no_token_back(acme: Tenant, graces: tuple[timedelta, ...]) -> None:
+    """A token that a rotation has ended stays dead, also if the database's clock is set back to before that."""
+    created = await acme.key()
+    for grace in graces:
+        rotated = await acme.rotate(created.key.id, grace=grace)
+    # All that is stored is an hour later now, as after a step of the clock by an hour back.
+    await execute(
+        acme.service,
+        "UPDATE secret SET create_time = create_time + interval '1 h', end_time = end_time + interval '1 h' "
+        "WHERE key_id = $1",
+        created.key.id,
+    )
+    await acme.toggle(created.key.id, active=False)
+    await acme.toggle(created.key.id, active=True)
+    assert ("REVOKED", "VALID") == (
+        await acme.service.outcome(created.token),
+        await acme.service.outcome(rotated.token),
+    )
+
+
 async def test_both_tokens_work_until_the_grace_period_ends(acme: Tenant) -> None:
     """During the grace period both tokens are good and say until when; from its end on only the new one is."""
     created = await acme.key()

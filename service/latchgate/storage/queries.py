@@ -166,9 +166,17 @@ SELECT EXISTS (
 )
 """
 
+# Whether a rotation has ended a secret for good: the one that came in its place, or one after that, was made no earlier
+# than it ends. Both times are stored, so a clock that is set back does not bring the secret back.
+_SECRET_HAS_ENDED = """(s.end_time IS NOT NULL AND EXISTS (
+               SELECT 1 FROM secret later
+               WHERE later.key_id = s.key_id AND later.id > s.id AND later.create_time >= s.end_time
+           ))"""
+
 # The hot query: all that validation needs of many digests, at one instant, with that instant and the newest change
 # which it shows. Always at least one row; digest is null where none of them is known. Times are seconds since 1970.
-SECRET_FIND = """
+SECRET_FIND = (
+    """
 SELECT head.now_s, head.revision, found.*
 FROM (
     SELECT extract(epoch FROM statement_timestamp())::float8 AS now_s,
@@ -179,7 +187,9 @@ LEFT JOIN LATERAL (
            k.name AS key_name, k.key_type, k.environment, k.permissions, k.allowed_cidrs,
            CASE WHEN k.rate_limit_per_minute > 0 THEN k.rate_limit_per_minute ELSE p.rate_limit_per_minute END
                AS rate_limit_per_minute,
-           k.active, k.revoke_time IS NOT NULL AS revoked,
+           k.active, k.revoke_time IS NOT NULL OR """
+    + _SECRET_HAS_ENDED
+    + """ AS revoked,
            coalesce(extract(epoch FROM k.expire_time)::float8, 'Infinity') AS expire_s,
            coalesce(extract(epoch FROM s.end_time)::float8, 'Infinity') AS secret_end_s,
            extract(epoch FROM k.create_time)::float8 AS create_s,
@@ -191,6 +201,7 @@ LEFT JOIN LATERAL (
     WHERE s.digest = ANY ($1::bytea[])
 ) found ON true
 """
+)
 
 # Last uses; a time never goes back. Few enough rows at once to be looked up one after the other, in the order in which
 # they are given: by id, so that two flushes hardly ever wait for each other.
