@@ -23,16 +23,16 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import grpc  # noqa: E402 - found by the line above
 
-from apikeys.v1 import key_pb2  # noqa: E402
-from apikeys.v1 import key_service_pb2 as pb  # noqa: E402
-from apikeys.v1.key_service_pb2_grpc import KeyServiceStub  # noqa: E402
-from bench import command, database, servers  # noqa: E402
-from bench.command import counts, positive, say  # noqa: E402
-from bench.histogram import draw  # noqa: E402
-from bench.machine import BenchError  # noqa: E402
-from bench.page import machine_line, paragraph  # noqa: E402
-from bench.report import as_markdown, as_text  # noqa: E402
-from bench.servers import AS_ROOT, OWN_CONNECTION  # noqa: E402
+from apikeys.v1 import key_pb2  # noqa: E402 - the same
+from apikeys.v1 import key_service_pb2 as pb  # noqa: E402 - the same
+from apikeys.v1.key_service_pb2_grpc import KeyServiceStub  # noqa: E402 - the same
+from bench import command, database, servers  # noqa: E402 - the same
+from bench.command import counts, positive, say  # noqa: E402 - the same
+from bench.histogram import draw  # noqa: E402 - the same
+from bench.machine import BenchError  # noqa: E402 - the same
+from bench.page import machine_line, paragraph  # noqa: E402 - the same
+from bench.report import as_markdown, as_text  # noqa: E402 - the same
+from bench.servers import AS_ROOT, OWN_CONNECTION  # noqa: E402 - the same
 
 PAGE, PICTURE = ROOT / "docs" / "effective.md", ROOT / "docs" / "effective.svg"
 ORGANIZATION = "bench-0000"

@@ -20,15 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from bench import command, database, flood_page, servers, tokens  # noqa: E402 - found by the line above
-from bench.command import counts, positive, say  # noqa: E402
-from bench.flood_page import KEYS, LEAD_S, NICENESS, TURN_S, Flood, Plan, Results, Turn  # noqa: E402
-from bench.load import Burst, Load  # noqa: E402
-from bench.machine import BenchError, Layout, process_cpu_s  # noqa: E402
-from bench.metrics import Scrape  # noqa: E402
-from bench.report import as_text  # noqa: E402
-from bench.rounds import check_sizes  # noqa: E402
-from bench.servers import Figures, Service, Source  # noqa: E402
-from bench.tokens import Kind  # noqa: E402
+from bench.command import counts, positive, say  # noqa: E402 - the same
+from bench.flood_page import KEYS, LEAD_S, NICENESS, TURN_S, Flood, Plan, Results, Turn  # noqa: E402 - the same
+from bench.load import Burst, Load  # noqa: E402 - the same
+from bench.machine import BenchError, Layout, process_cpu_s  # noqa: E402 - the same
+from bench.metrics import Scrape  # noqa: E402 - the same
+from bench.report import as_text  # noqa: E402 - the same
+from bench.rounds import check_sizes  # noqa: E402 - the same
+from bench.servers import Figures, Service, Source  # noqa: E402 - the same
+from bench.tokens import Kind  # noqa: E402 - the same
 
 PAGE = ROOT / "docs" / "flood.md"
 REFUSED = "latchgate_foreign_lookups_refused_total"

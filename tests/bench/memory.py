@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from bench import command, database, servers  # noqa: E402 - found by the line above
-from bench.command import counts, say  # noqa: E402
-from bench.database import Cluster  # noqa: E402
-from bench.machine import BenchError  # noqa: E402
-from bench.metrics import Scrape  # noqa: E402
-from bench.page import machine_line, paragraph  # noqa: E402
-from bench.report import Rows, as_markdown, as_text  # noqa: E402
-from bench.servers import Fleet  # noqa: E402
+from bench.command import counts, say  # noqa: E402 - the same
+from bench.database import Cluster  # noqa: E402 - the same
+from bench.machine import BenchError  # noqa: E402 - the same
+from bench.metrics import Scrape  # noqa: E402 - the same
+from bench.page import machine_line, paragraph  # noqa: E402 - the same
+from bench.report import Rows, as_markdown, as_text  # noqa: E402 - the same
+from bench.servers import Fleet  # noqa: E402 - the same
 
 PAGE = ROOT / "docs" / "memory.md"
 WORKER = "1"

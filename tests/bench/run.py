@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from bench import command, page, report  # noqa: E402 - found by the line above
-from bench.command import counts, positive, say  # noqa: E402
-from bench.rounds import Plan, Results, measure  # noqa: E402
+from bench.command import counts, positive, say  # noqa: E402 - the same
+from bench.rounds import Plan, Results, measure  # noqa: E402 - the same
 
 KEYS = (1000, 1_000_000, 10_000_000)
 PAGE = ROOT / "docs" / "performance.md"

@@ -18,16 +18,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from apikeys.v1 import key_service_pb2 as pb  # noqa: E402
+from apikeys.v1 import key_service_pb2 as pb  # noqa: E402 - the same
 from bench import command, database, servers  # noqa: E402 - found by the line above
-from bench.command import say  # noqa: E402
-from bench.load import Load  # noqa: E402
-from bench.machine import Layout, threads_cpu_s  # noqa: E402
-from bench.metrics import Scrape  # noqa: E402
-from bench.page import machine_line, paragraph  # noqa: E402
-from bench.report import Rows, as_markdown, as_text, spread  # noqa: E402
-from bench.rounds import check_sizes  # noqa: E402
-from bench.servers import Service, Source, Target  # noqa: E402
+from bench.command import say  # noqa: E402 - the same
+from bench.load import Load  # noqa: E402 - the same
+from bench.machine import Layout, threads_cpu_s  # noqa: E402 - the same
+from bench.metrics import Scrape  # noqa: E402 - the same
+from bench.page import machine_line, paragraph  # noqa: E402 - the same
+from bench.report import Rows, as_markdown, as_text, spread  # noqa: E402 - the same
+from bench.rounds import check_sizes  # noqa: E402 - the same
+from bench.servers import Service, Source, Target  # noqa: E402 - the same
 
 PAGE = ROOT / "docs" / "settings.md"
 KEYS = 1000

@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from bench import command, database, samples, servers, soak_page  # noqa: E402 - found by the line above
-from bench.command import say  # noqa: E402
-from bench.metrics import Scrape  # noqa: E402
-from bench.report import as_text  # noqa: E402
-from bench.samples import Sample, SampleFile  # noqa: E402
-from bench.servers import Fleet  # noqa: E402
-from bench.soak_page import CACHE_KEYS, KEYS, WORKERS, Soaked  # noqa: E402
-from bench.steady import SteadyLoad, Tally, until_set  # noqa: E402
+from bench.command import say  # noqa: E402 - the same
+from bench.metrics import Scrape  # noqa: E402 - the same
+from bench.report import as_text  # noqa: E402 - the same
+from bench.samples import Sample, SampleFile  # noqa: E402 - the same
+from bench.servers import Fleet  # noqa: E402 - the same
+from bench.soak_page import CACHE_KEYS, KEYS, WORKERS, Soaked  # noqa: E402 - the same
+from bench.steady import SteadyLoad, Tally, until_set  # noqa: E402 - the same
 
 PAGE, SAMPLES = ROOT / "docs" / "soak.md", ROOT / "build" / "soak.csv"
 # So often in a row the service may not tell its figures before it is taken for gone.

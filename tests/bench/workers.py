@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from bench import command, database, servers, workers_page  # noqa: E402 - found by the line above
-from bench.command import positive, say  # noqa: E402
-from bench.load import Load, h2load_path  # noqa: E402
-from bench.machine import own_cpu_s  # noqa: E402
-from bench.report import as_text  # noqa: E402
-from bench.rounds import check_outcomes, check_sizes  # noqa: E402
-from bench.servers import Figures, Fleet  # noqa: E402
-from bench.workers_page import FEW, KEYS, MANY, Cores, Results, Turn  # noqa: E402
+from bench.command import positive, say  # noqa: E402 - the same
+from bench.load import Load, h2load_path  # noqa: E402 - the same
+from bench.machine import own_cpu_s  # noqa: E402 - the same
+from bench.report import as_text  # noqa: E402 - the same
+from bench.rounds import check_outcomes, check_sizes  # noqa: E402 - the same
+from bench.servers import Figures, Fleet  # noqa: E402 - the same
+from bench.workers_page import FEW, KEYS, MANY, Cores, Results, Turn  # noqa: E402 - the same
 
 PAGE = ROOT / "docs" / "workers.md"
 CALLS, CPU = "latchgate_worker_calls_total", "process_cpu_seconds_total"
