@@ -291,7 +291,8 @@ def _backend(
         ),
         ORGANIZATION_SERVICE.full_name: OrganizationService(organizations=organizations, pages=pages),
     }
-    return Backend(validator=validator, recall=Recall(validator, answers), boottime=boottime, services=services)
+    recall = Recall(validator, answers, parts.metrics.recalled, parts.metrics)
+    return Backend(validator=validator, recall=recall, boottime=boottime, services=services)
 
 
 Result = TypeVar("Result")

@@ -109,6 +109,7 @@ class _Recalled:
         self.quick_s = _SECONDS[0]
         self.quick = 0
         self.seconds = 0.0
+        self.valid = 0
         self.slow_s: deque[float] = deque()
 
     def slow(self, seconds: float) -> None:
@@ -166,7 +167,7 @@ class Metrics:
         # Memory, processor time and open files, which a registry of one's own is without.
         ProcessCollector(registry=registry)
         self.recalled = _Recalled()
-        self._taken = (0, 0.0)
+        self._taken = (0, 0.0, 0)
         # First, so that it has handed on what it holds before the others are read.
         registry.register(_Handing(self._take_recalled))
         self._calls = Counter(
@@ -217,15 +218,14 @@ class Metrics:
 
     def _take_recalled(self) -> None:
         """Counts what was answered from memory since it was last asked; any thread may ask while others count."""
-        recalled, (quick_before, seconds_before) = self.recalled, self._taken
-        quick, seconds = self._taken = recalled.quick, recalled.seconds
+        recalled, (quick_before, seconds_before, valid_before) = self.recalled, self._taken
+        quick, seconds, valid = self._taken = recalled.quick, recalled.seconds, recalled.valid
+        self._outcome_counters[Outcome.VALID].inc(valid - valid_before)
         if quick != quick_before:
             self._calls.labels(method=VALIDATE, code="OK").inc(quick - quick_before)
-            self._outcome_counters[Outcome.VALID].inc(quick - quick_before)
             self._call_seconds.add(VALIDATE, 0, quick - quick_before, seconds - seconds_before)
         while recalled.slow_s:
             self.finished(VALIDATE, "OK", recalled.slow_s.popleft())
-            self.outcome(Outcome.VALID)
 
     def outcome(self, outcome: Outcome) -> None:
         """A token was judged."""

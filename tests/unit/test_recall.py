@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
 from apikeys.v1 import key_service_pb2 as pb
 from latchgate.domain.errors import InvalidFieldError
 from latchgate.domain.model import KeyRecord, Outcome, Verdict
 from latchgate.domain.validation import Need
+from latchgate.observability import Metrics
 from latchgate.rpc.answers import AnswerWriter
 from latchgate.rpc.recall import MAX_NEEDS, Recall
 from support.records import KEY_RECORD, NOW_S
@@ -37,7 +39,8 @@ class Judge:
 def recalling(judge: Judge) -> Recall:
     """Puts a judge behind the hot path."""
     validator: Any = judge
-    return Recall(validator, AnswerWriter(0.0))
+    metrics = Metrics(CollectorRegistry())
+    return Recall(validator, AnswerWriter(0.0), metrics.recalled, metrics)
 
 
 requests = st.builds(
@@ -129,3 +132,32 @@ def test_kinds_of_requests_are_bounded() -> None:
         assert ANSWER == recall(pb.ValidateRequest(token=TOKEN, cost=cost).SerializeToString())
         assert len(recall.needs) <= MAX_NEEDS
     assert not [rest for rest in recall.needs if TOKEN[:8].encode() in rest]
+
+
+@pytest.mark.parametrize("outcome", [Outcome.VALID, Outcome.REVOKED, Outcome.RATE_LIMITED])
+def test_every_outcome_is_counted_as_what_it_is(outcome: Outcome) -> None:
+    """Answers from memory are counted by their outcome, whatever it is, and by no other."""
+
+    class Decided(Judge):
+        def recall(self, token: bytes, need: Need) -> Verdict | None:
+            """Gives the outcome."""
+            del token, need
+            return Verdict(outcome, 1)
+
+    validator: Any = Decided()
+    metrics = Metrics(CollectorRegistry())
+    recall = Recall(validator, AnswerWriter(0.0), metrics.recalled, metrics)
+    for _ in range(3):
+        answer = recall(pb.ValidateRequest(token=TOKEN).SerializeToString())
+        assert answer is not None
+        assert f"OUTCOME_{outcome.name}" == pb.Outcome.Name(pb.ValidateResponse.FromString(answer).outcome)
+    # Twice: what was handed on once is not handed on again.
+    for _ in range(2):
+        counted = {
+            sample.labels["outcome"]: sample.value
+            for family in metrics.registry.collect()
+            if family.name == "latchgate_outcomes"
+            for sample in family.samples
+            if sample.name.endswith("_total") and sample.value
+        }
+        assert {outcome.name: 3.0} == counted

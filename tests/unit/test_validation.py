@@ -754,22 +754,22 @@ async def test_ends_come_while_a_key_is_in_memory() -> None:
     ids=lambda outcomes: "+".join(outcome.value for outcome in outcomes) or "valid",
 )
 async def test_what_is_recalled_is_what_would_be_found(outcomes: tuple[Outcome, ...]) -> None:
-    """What is answered from memory in one go is the very answer that would be found out otherwise, and is VALID; of all
-    else nothing is said, charged or recorded.
+    """What is answered from memory in one go is the very answer that would be found out otherwise, and is charged and
+    recorded as that would be.
     """
-    scene = scene_with(*outcomes)
-    record = None if Outcome.NOT_FOUND in outcomes else scene.reader.records[digest(TOKEN)]
-    scene.memory.known = Lookup(record, NOW_S, REVISION)
-    recalled = scene.validator.recall(TOKEN.encode(), Need.of(NEEDED, CLIENT_IP, 5, REVISION))
-    assert [(known_by(TOKEN), REVISION)] == scene.memory.asked
-    if outcomes:
-        assert recalled is None
-        assert [] == scene.usage.recorded
-        assert scene.limiter.asked == ([(RECORD.key_id, 60, 5)] if outcomes == (Outcome.RATE_LIMITED,) else [])
-        return
-    assert [(RECORD.key_id, 60, 5)] == scene.limiter.asked
-    assert [(RECORD.secret_id, NOW_S)] == scene.usage.recorded
-    assert await scene.validate() == recalled
+    recalled, found = scene_with(*outcomes), scene_with(*outcomes)
+    known = Lookup(recalled.reader.records.get(digest(TOKEN)), NOW_S, REVISION)
+    recalled.memory.known = found.memory.known = known
+    verdict = recalled.validator.recall(TOKEN.encode(), Need.of(NEEDED, CLIENT_IP, 5, REVISION))
+    assert verdict is not None
+    assert outcomes[:1] == (() if verdict.outcome is Outcome.VALID else (verdict.outcome,))
+    assert verdict == await found.validator.validate(
+        TOKEN, required_permissions=NEEDED, client_ip=CLIENT_IP, cost=5, min_revision=REVISION
+    )
+    assert [(known_by(TOKEN), REVISION)] == recalled.memory.asked == found.memory.asked
+    assert recalled.limiter.asked == found.limiter.asked
+    assert recalled.usage.recorded == found.usage.recorded
+    assert [] == recalled.reader.asked
 
 
 ADDRESSES = ("", "192.0.2.1", "198.51.100.1", "::ffff:192.0.2.1", "2001:db8::1")
@@ -785,7 +785,7 @@ permission_sets = st.lists(st.sampled_from(["orders:read", "orders:write", "orde
     ahead_s=st.sampled_from([-INSTANT_S, 0.0, INSTANT_S]),
     second_ahead_s=st.sampled_from([-INSTANT_S, 0.0, INSTANT_S]),
 )
-async def test_recalled_is_what_is_valid(
+async def test_recalled_is_what_is_found(
     granted: list[str],
     needed: list[str],
     networks: set[str],
@@ -794,7 +794,7 @@ async def test_recalled_is_what_is_valid(
     ahead_s: float,
     second_ahead_s: float,
 ) -> None:
-    """Whatever a key may do and a request needs: what is recalled is what is VALID, and nothing else is."""
+    """Whatever a key may do and a request needs: what is recalled is what the general way finds."""
     record = replace(
         bound_to(granting(KEY_RECORD, *granted), *sorted(networks)),
         rate_limit_per_minute=limit,
@@ -805,7 +805,7 @@ async def test_recalled_is_what_is_valid(
     scene.memory.known = Lookup(record, NOW_S, REVISION)
     found = await scene.validator.validate(TOKEN, required_permissions=needed, client_ip=client_ip)
     recalled = scene.validator.recall(TOKEN.encode(), Need.of(needed, client_ip, 1, 0))
-    assert (found if found.outcome is Outcome.VALID else None) == recalled
+    assert found == recalled
 
 
 def test_nothing_is_recalled_of_what_memory_does_not_know() -> None:
@@ -817,7 +817,6 @@ def test_nothing_is_recalled_of_what_memory_does_not_know() -> None:
     ("permissions", "client_ip", "cost", "min_revision", "field"),
     [
         (["read"] * 101, "", 1, 0, "required_permissions"),
-        ((), "10.0.0.0/8", 1, 0, "client_ip"),
         ((), "", 1_000_001, 0, "cost"),
         ((), "", -1, 0, "cost"),
         ((), "", 1, -1, "min_revision"),
@@ -830,3 +829,17 @@ def test_needs_that_make_no_sense(
     with pytest.raises(InvalidFieldError) as caught:
         Need.of(permissions, client_ip, cost, min_revision)
     assert [field] == [named for named, _ in caught.value.violations]
+
+
+def test_address_of_a_key_that_is_bound_to_networks() -> None:
+    """An address that is none is refused where it is needed, and not looked at elsewhere."""
+    scene = Scene()
+    scene.memory.known = Lookup(RECORD, NOW_S, REVISION)
+    need = Need.of(NEEDED, "10.0.0.0/8", 1, 0)
+    with pytest.raises(InvalidFieldError) as caught:
+        scene.validator.recall(TOKEN.encode(), need)
+    assert ["client_ip"] == [named for named, _ in caught.value.violations]
+    scene.memory.known = Lookup(replace(RECORD, networks=()), NOW_S, REVISION)
+    verdict = scene.validator.recall(TOKEN.encode(), need)
+    assert verdict is not None
+    assert Outcome.VALID is verdict.outcome

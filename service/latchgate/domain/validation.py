@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2s
 from typing import NamedTuple
 
@@ -19,8 +19,6 @@ MAX_REQUIRED_PERMISSIONS = 100
 
 # Of what can not be a token no state has to be known.
 _UNTOLD = Verdict(Outcome.NOT_FOUND, revision=0)
-
-
 _VALID = Outcome.VALID
 # What the class itself does, without a call of Python's own for each.
 _verdict = partial(tuple.__new__, Verdict)
@@ -29,20 +27,24 @@ _verdict = partial(tuple.__new__, Verdict)
 class Need(NamedTuple):
     """What a request needs of a token, made once for all requests that need the same.
 
-    `address` is the client's, None if none is told.
+    `client_ip` is only looked at for keys that are bound to networks.
     """
 
     permissions: frozenset[str]
-    address: Address | None
+    client_ip: str
     cost: int
     min_revision: int
 
     @classmethod
     def of(cls, required_permissions: Sequence[str], client_ip: str, cost: int, min_revision: int) -> Need:
         """Checks and prepares. Raises InvalidFieldError for a request that makes no sense."""
-        _check(required_permissions, cost, min_revision)
-        address = _address(client_ip) if client_ip else None
-        return cls(frozenset(required_permissions), address, cost, min_revision)
+        if len(required_permissions) > MAX_REQUIRED_PERMISSIONS:
+            raise InvalidFieldError([("required_permissions", f"must hold at most {MAX_REQUIRED_PERMISSIONS} entries")])
+        if not 0 <= cost <= MAX_COST:
+            raise InvalidFieldError([("cost", f"must be from 0 to {MAX_COST}")])
+        if min_revision < 0:
+            raise InvalidFieldError([("min_revision", "must not be negative")])
+        return cls(frozenset(required_permissions), client_ip, cost, min_revision)
 
 
 def fingerprint(token: bytes) -> bytes:
@@ -114,29 +116,13 @@ class Validator:
         self._foreign = foreign
 
     def recall(self, token: bytes, need: Need) -> Verdict | None:
-        """Judges a token from memory, without waiting; gives a verdict only if it is VALID.
+        """Judges a token from memory, without waiting; None if memory can not say, and `validate` has to be asked.
 
-        Whoever is given None asks `validate`, which says why: nothing was charged or recorded. This is what nearly all
-        calls are answered by, so it is written for speed: under load each step costs several times what it costs in a
-        loop of its own.
+        Raises InvalidFieldError. This is what nearly all calls are answered by, so it and what it calls are written for
+        speed: under load each step costs several times what it costs in a loop of its own.
         """
         lookup = self._memory.find(blake2s(token).digest(), need.min_revision)
-        if lookup is None:
-            return None
-        record, now_s, revision = lookup
-        if record is None or record.good_until_s <= now_s:
-            return None
-        if record.networks and (need.address is None or not _is_within(record, need.address)):
-            return None
-        if not need.permissions <= record.grants.exact and record.grants.lacking(need.permissions) is not None:
-            return None
-        rate = None
-        if record.rate_limit_per_minute:
-            rate = self._limiter.take(record.key_id, record.rate_limit_per_minute, need.cost)
-            if not rate.allowed:
-                return None
-        self._usage.record(record.secret_id, now_s)
-        return _verdict((_VALID, revision, now_s, record, rate))
+        return None if lookup is None else self._judge(lookup, need)
 
     async def validate(
         self,
@@ -153,7 +139,7 @@ class Validator:
         Raises InvalidFieldError for a request that makes no sense, RevisionUnknownError for a min_revision that was
         never given out, and UnavailableError when it can not be decided.
         """
-        _check(required_permissions, cost, min_revision)
+        need = Need.of(required_permissions, client_ip, cost, min_revision)
         if not may_be_token(token):
             return _UNTOLD
         # What is in memory had a right tag when it came there.
@@ -169,7 +155,7 @@ class Validator:
             )
         if only_organization_id and lookup.record and lookup.record.organization_id != only_organization_id:
             return Verdict(outcome=Outcome.NOT_FOUND, revision=lookup.revision)
-        return self._judge(lookup, required_permissions, client_ip, cost)
+        return self._judge(lookup, need)
 
     async def _look_up(self, token: str, form: Form) -> Lookup:
         """Asks storage, and keeps what it says."""
@@ -190,49 +176,36 @@ class Validator:
             self._memory.keep(known_by, lookup, sent_s=sent_s)
         return lookup
 
-    def _judge(self, lookup: Lookup, required: Sequence[str], client_ip: str, cost: int) -> Verdict:
-        record = lookup.record
+    def _judge(self, lookup: Lookup, need: Need) -> Verdict:
+        record, now_s, revision = lookup
         if record is None:
-            return Verdict(outcome=Outcome.NOT_FOUND, revision=lookup.revision)
-        outcome = _standing(record, lookup)
-        if outcome is not Outcome.VALID:
-            return Verdict(outcome=outcome, revision=lookup.revision)
-        rate = None
-        if record.networks and not (client_ip and _is_within(record, _address(client_ip))):
+            return Verdict(Outcome.NOT_FOUND, revision)
+        if record.good_until_s <= now_s:
+            return Verdict(_ailment(record, now_s), revision)
+        outcome, rate = _VALID, None
+        if record.networks and not _is_within(record, need.client_ip):
             outcome = Outcome.ADDRESS_DENIED
-        elif required and record.grants.lacking(required) is not None:
+        elif not need.permissions <= record.grants.exact and record.grants.lacking(need.permissions) is not None:
             outcome = Outcome.PERMISSION_DENIED
         elif record.rate_limit_per_minute:
-            rate = self._limiter.take(record.key_id, record.rate_limit_per_minute, cost)
+            rate = self._limiter.take(record.key_id, record.rate_limit_per_minute, need.cost)
             if not rate.allowed:
                 outcome = Outcome.RATE_LIMITED
-        if outcome is Outcome.VALID:
-            self._usage.record(record.secret_id, lookup.now_s)
-        return Verdict(outcome, lookup.revision, lookup.now_s, record, rate)
+        if outcome is _VALID:
+            self._usage.record(record.secret_id, now_s)
+        return _verdict((outcome, revision, now_s, record, rate))
 
 
-def _check(required_permissions: Sequence[str], cost: int, min_revision: int) -> None:
-    if len(required_permissions) > MAX_REQUIRED_PERMISSIONS:
-        raise InvalidFieldError([("required_permissions", f"must hold at most {MAX_REQUIRED_PERMISSIONS} entries")])
-    if not 0 <= cost <= MAX_COST:
-        raise InvalidFieldError([("cost", f"must be from 0 to {MAX_COST}")])
-    if min_revision < 0:
-        raise InvalidFieldError([("min_revision", "must not be negative")])
-
-
-def _standing(record: KeyRecord, lookup: Lookup) -> Outcome:
-    """Judges the key itself, before the request."""
-    if record.revoked or record.secret_end_s <= lookup.now_s:
+def _ailment(record: KeyRecord, now_s: float) -> Outcome:
+    """Says what is wrong with a key that is not good."""
+    if record.revoked or record.secret_end_s <= now_s:
         return Outcome.REVOKED
-    if record.expire_s <= lookup.now_s:
+    if record.expire_s <= now_s:
         return Outcome.EXPIRED
-    if not record.active:
-        return Outcome.INACTIVE
-    if not record.organization_active:
-        return Outcome.ORGANIZATION_INACTIVE
-    return Outcome.VALID
+    return Outcome.INACTIVE if not record.active else Outcome.ORGANIZATION_INACTIVE
 
 
+@lru_cache(maxsize=8192)
 def _address(client_ip: str) -> Address:
     """Reads an address. An IPv4 address mapped into IPv6 is taken as IPv4. Raises InvalidFieldError."""
     try:
@@ -244,6 +217,9 @@ def _address(client_ip: str) -> Address:
     return address
 
 
-def _is_within(record: KeyRecord, address: Address) -> bool:
-    """Says whether an address is in one of the key's networks."""
+def _is_within(record: KeyRecord, client_ip: str) -> bool:
+    """Says whether an address is in one of the key's networks. Raises InvalidFieldError if it is none."""
+    if not client_ip:
+        return False
+    address = _address(client_ip)
     return any(address in network for network in record.networks)

@@ -15,15 +15,16 @@ class OutcomeObserver(Protocol):
 
 
 class Tally(Protocol):
-    """Counts the calls of Validate that were answered from memory: all of them VALID, and without an error.
+    """Counts calls of Validate that were answered from memory, and the VALID answers among them.
 
     Counted in place, because a call of Python's for each would cost more than the counting. `quick` counts those that
-    took less than `quick_s` seconds, and `seconds` sums the time of these.
+    took less than `quick_s` seconds, and `seconds` sums the time of these. `valid` counts what was VALID of all.
     """
 
     quick_s: float
     quick: int
     seconds: float
+    valid: int
 
     def slow(self, seconds: float) -> None:
         """Counts one that took longer."""

@@ -9,8 +9,12 @@ from __future__ import annotations
 from typing import Final
 
 from apikeys.v1 import key_service_pb2 as pb
+from latchgate.domain.model import Outcome
 from latchgate.domain.validation import Need, Validator
 from latchgate.rpc.answers import AnswerWriter
+from latchgate.rpc.observers import OutcomeObserver, Tally
+
+_VALID: Final = Outcome.VALID
 
 # ValidateRequest.token comes first in its message, as serializers write it: its tag, and a length of one byte.
 _TOKEN_TAG: Final = pb.ValidateRequest.TOKEN_FIELD_NUMBER << 3 | 2
@@ -24,20 +28,22 @@ MAX_NEED_BYTES: Final = 512
 
 
 class Recall:
-    """Answers a request whose token is good and in memory.
+    """Answers a request whose token is in memory.
 
     What follows after the token is the same in many requests: it is read once for all of them. It holds no secret.
     """
 
-    def __init__(self, validator: Validator, answers: AnswerWriter) -> None:
-        """Takes who judges, and who writes."""
+    def __init__(self, validator: Validator, answers: AnswerWriter, tally: Tally, outcomes: OutcomeObserver) -> None:
+        """Takes who judges, who writes, and who is told of outcomes: the tally of VALID, the observer of the others."""
         self._recall = validator.recall
         self._write = answers.write
+        self._tally = tally
+        self._outcomes = outcomes
         # By the bytes that say it.
         self.needs: dict[bytes, Need] = {}
 
     def __call__(self, raw: bytes) -> bytes | None:
-        """Gives the answer, a VALID one; None for a request that has to be gone into.
+        """Gives the answer; None for a request that has to be gone into.
 
         Raises IndexError for one without a token, and InvalidFieldError.
         """
@@ -54,7 +60,14 @@ class Recall:
         if len(token) != length:
             return None
         verdict = self._recall(token, need)
-        return None if verdict is None else self._write(verdict)
+        if verdict is None:
+            return None
+        answer = self._write(verdict)
+        if verdict.outcome is _VALID:
+            self._tally.valid += 1
+        else:
+            self._outcomes.outcome(verdict.outcome)
+        return answer
 
     def _learn(self, rest: bytes) -> Need | None:
         """Reads what follows after the token; None if that is not plain, as where another token follows."""
