@@ -32,12 +32,24 @@ from latchgate.listening import PortError, Role, serve_metrics
 from latchgate.observability import Metrics
 from latchgate.rpc import convert
 from latchgate.rpc.answers import AnswerWriter
+from latchgate.rpc.check_request import CheckReader
+from latchgate.rpc.check_response import CheckWriter
+from latchgate.rpc.ext_authz import CheckRecall, ExtAuthz
 from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
 from latchgate.rpc.pages import PageTokens
-from latchgate.rpc.pipeline import Backend, Pipeline
+from latchgate.rpc.pipeline import Backend, FromMemory, Pipeline, method_name
 from latchgate.rpc.recall import Recall
-from latchgate.rpc.server import KEY_SERVICE, ORGANIZATION_SERVICE, ListenError, RpcServer, make_server
+from latchgate.rpc.server import (
+    CHECK,
+    EXT_AUTHZ_SERVICE,
+    KEY_SERVICE,
+    ORGANIZATION_SERVICE,
+    VALIDATE,
+    ListenError,
+    RpcServer,
+    make_server,
+)
 from latchgate.rpc.tls import CertificateError, ReloadingCredentials, TlsFiles
 from latchgate.storage.bootstrap import RootKey, ensure_root_key, load_tag_key
 from latchgate.storage.coherence import Membership, forget_changes
@@ -270,7 +282,8 @@ def _backend(
     parts: _Parts, tokens: TokenFormat, tag_key: bytes, validator: Validator, effects: EffectPoller
 ) -> Backend:
     """Puts the use cases together."""
-    store, pages = PostgresStore(parts.database), PageTokens(tag_key)
+    store, pages, metrics = PostgresStore(parts.database), PageTokens(tag_key), parts.metrics
+    reader, writer = CheckReader(parts.settings.trusted_hops), CheckWriter()
     answers = AnswerWriter(parts.settings.answer_ttl_seconds)
     keys = KeyManager(
         store=store,
@@ -286,13 +299,17 @@ def _backend(
             keys=keys,
             validator=validator,
             pages=pages,
-            outcomes=parts.metrics,
+            outcomes=metrics,
             answers=answers,
         ),
         ORGANIZATION_SERVICE.full_name: OrganizationService(organizations=organizations, pages=pages),
+        EXT_AUTHZ_SERVICE.full_name: ExtAuthz(validator=validator, reader=reader, writer=writer, outcomes=metrics),
     }
-    recall = Recall(validator, answers, parts.metrics.recalled, parts.metrics)
-    return Backend(validator=validator, recall=recall, boottime=boottime, services=services)
+    recalls: dict[str, FromMemory] = {
+        VALIDATE.full_name: Recall(validator, answers, metrics.tally(method_name(VALIDATE)), metrics),
+        CHECK.full_name: CheckRecall(validator, reader, writer, metrics.tally(method_name(CHECK)), metrics),
+    }
+    return Backend(validator=validator, recalls=recalls, boottime=boottime, services=services)
 
 
 Result = TypeVar("Result")

@@ -150,6 +150,7 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = None
     allow_plaintext: bool = False
     validate_access: ValidateAccess = ValidateAccess.OPEN
+    trusted_hops: int = Field(default=0, ge=0, le=10)
     scopes_file: Path | None = None
     prefix_secret_live: TokenPrefix = "lk_"  # noqa: S105 - a prefix is public
     prefix_secret_test: TokenPrefix = "lk_test_"  # noqa: S105 - a prefix is public

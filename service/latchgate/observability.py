@@ -26,9 +26,6 @@ _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 _SECRET = re.compile(r"_[0-9A-Za-z]{40,}|postgres(?:ql)?://\S+|bearer\s+\S+", re.IGNORECASE)
 _REDACTED = "[redacted]"
 
-VALIDATE = "KeyService/Validate"
-"""The method that is answered from memory, as metrics name it."""
-
 
 def _redact(value: Any) -> Any:
     if isinstance(value, str):
@@ -110,6 +107,8 @@ class _Recalled:
         self.quick = 0
         self.seconds = 0.0
         self.valid = 0
+        # What the metrics have been told of the three.
+        self.told = (0, 0.0, 0)
         self.slow_s: deque[float] = deque()
 
     def slow(self, seconds: float) -> None:
@@ -166,8 +165,7 @@ class Metrics:
         self.registry = registry
         # Memory, processor time and open files, which a registry of one's own is without.
         ProcessCollector(registry=registry)
-        self.recalled = _Recalled()
-        self._taken = (0, 0.0, 0)
+        self._tallies: dict[str, _Recalled] = {}
         # First, so that it has handed on what it holds before the others are read.
         registry.register(_Handing(self._take_recalled))
         self._calls = Counter(
@@ -175,7 +173,7 @@ class Metrics:
         )
         self._call_seconds = _Durations("latchgate_call_seconds", "Time to answer a call.")
         registry.register(self._call_seconds)
-        self._outcomes = Counter("latchgate_outcomes", "Answers of Validate.", ["outcome"], registry=registry)
+        self._outcomes = Counter("latchgate_outcomes", "Tokens judged, by outcome.", ["outcome"], registry=registry)
         self._lookups = Counter(
             "latchgate_lookups", "Digests asked of the database: answered or error.", ["result"], registry=registry
         )
@@ -216,16 +214,21 @@ class Metrics:
         known.inc()
         self._call_seconds.add(method, bisect_left(_SECONDS, seconds), 1, seconds)
 
+    def tally(self, method: str) -> _Recalled:
+        """Where answers of `method` from memory are counted."""
+        return self._tallies.setdefault(method, _Recalled())
+
     def _take_recalled(self) -> None:
         """Counts what was answered from memory since it was last asked; any thread may ask while others count."""
-        recalled, (quick_before, seconds_before, valid_before) = self.recalled, self._taken
-        quick, seconds, valid = self._taken = recalled.quick, recalled.seconds, recalled.valid
-        self._outcome_counters[Outcome.VALID].inc(valid - valid_before)
-        if quick != quick_before:
-            self._calls.labels(method=VALIDATE, code="OK").inc(quick - quick_before)
-            self._call_seconds.add(VALIDATE, 0, quick - quick_before, seconds - seconds_before)
-        while recalled.slow_s:
-            self.finished(VALIDATE, "OK", recalled.slow_s.popleft())
+        for method, recalled in self._tallies.items():
+            quick_before, seconds_before, valid_before = recalled.told
+            quick, seconds, valid = recalled.told = recalled.quick, recalled.seconds, recalled.valid
+            self._outcome_counters[Outcome.VALID].inc(valid - valid_before)
+            if quick != quick_before:
+                self._calls.labels(method=method, code="OK").inc(quick - quick_before)
+                self._call_seconds.add(method, 0, quick - quick_before, seconds - seconds_before)
+            while recalled.slow_s:
+                self.finished(method, "OK", recalled.slow_s.popleft())
 
     def outcome(self, outcome: Outcome) -> None:
         """A token was judged."""

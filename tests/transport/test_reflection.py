@@ -21,6 +21,7 @@ async def test_list_names_every_service(shared_service: RunningService) -> None:
     assert [
         "apikeys.v1.KeyService",
         "apikeys.v1.OrganizationService",
+        "envoy.service.auth.v3.Authorization",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     ] == listed.out.split()

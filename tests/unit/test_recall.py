@@ -40,7 +40,7 @@ def recalling(judge: Judge) -> Recall:
     """Puts a judge behind the hot path."""
     validator: Any = judge
     metrics = Metrics(CollectorRegistry())
-    return Recall(validator, AnswerWriter(0.0), metrics.recalled, metrics)
+    return Recall(validator, AnswerWriter(0.0), metrics.tally("KeyService/Validate"), metrics)
 
 
 requests = st.builds(
@@ -146,7 +146,7 @@ def test_every_outcome_is_counted_as_what_it_is(outcome: Outcome) -> None:
 
     validator: Any = Decided()
     metrics = Metrics(CollectorRegistry())
-    recall = Recall(validator, AnswerWriter(0.0), metrics.recalled, metrics)
+    recall = Recall(validator, AnswerWriter(0.0), metrics.tally("KeyService/Validate"), metrics)
     for _ in range(3):
         answer = recall(pb.ValidateRequest(token=TOKEN).SerializeToString())
         assert answer is not None

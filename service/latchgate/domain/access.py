@@ -97,6 +97,17 @@ def organization_for(caller: Caller, requested: str) -> str:
     return caller.organization_id
 
 
+def only_organization(caller: Caller | None) -> str:
+    """Gives the organization whose tokens a caller may ask about; empty for all, as it is where anyone may ask.
+
+    Raises PermissionMissingError.
+    """
+    if caller is None:
+        return ""
+    require(caller, VALIDATE_KEYS)
+    return "" if caller.is_root else caller.organization_id
+
+
 def organization_not_found(organization_id: str) -> OrganizationNotFoundError:
     """Makes the one answer for organizations that are not there and those that are another's."""
     return OrganizationNotFoundError(f"organization {organization_id} does not exist")

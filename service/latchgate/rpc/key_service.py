@@ -110,14 +110,14 @@ class KeyService:
 
     async def validate(self, request: pb.ValidateRequest, caller: Caller | None) -> bytes:
         """Judges a token; gives a ValidateResponse as it is sent."""
-        verdict = await self._judge(request, _only_organization(caller))
+        verdict = await self._judge(request, access.only_organization(caller))
         return self._answers.write(verdict)
 
     async def batch_validate(self, request: pb.BatchValidateRequest, caller: Caller | None) -> pb.BatchValidateResponse:
         """Judges tokens, in the order in which they are given."""
         if len(request.requests) > MAX_BATCH:
             raise InvalidFieldError([("requests", f"must be at most {MAX_BATCH}; this is {len(request.requests)}")])
-        verdicts = await self._judge_all(request.requests, _only_organization(caller))
+        verdicts = await self._judge_all(request.requests, access.only_organization(caller))
         answers = map(self._answers.write, verdicts)
         return pb.BatchValidateResponse(responses=[pb.ValidateResponse.FromString(answer) for answer in answers])
 
@@ -141,11 +141,3 @@ class KeyService:
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return [task.result() for task in tasks]
-
-
-def _only_organization(caller: Caller | None) -> str:
-    """Gives the organization whose tokens a caller may ask about; empty for all."""
-    if caller is None:
-        return ""
-    access.require(caller, access.VALIDATE_KEYS)
-    return "" if caller.is_root else caller.organization_id

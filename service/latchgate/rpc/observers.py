@@ -15,7 +15,7 @@ class OutcomeObserver(Protocol):
 
 
 class Tally(Protocol):
-    """Counts calls of Validate that were answered from memory, and the VALID answers among them.
+    """Counts calls of one method that were answered from memory, and the VALID answers among them.
 
     Counted in place, because a call of Python's for each would cost more than the counting. `quick` counts those that
     took less than `quick_s` seconds, and `seconds` sums the time of these. `valid` counts what was VALID of all.
@@ -31,11 +31,10 @@ class Tally(Protocol):
 
 
 class CallObserver(Protocol):
-    """Is told of every call that is not in its tally."""
+    """Is told of every call that is not in a tally."""
 
-    @property
-    def recalled(self) -> Tally:
-        """Where answers from memory are counted."""
+    def tally(self, method: str) -> Tally:
+        """Where answers of `method` from memory are counted."""
 
     def finished(self, method: str, code: str, seconds: float) -> None:
         """A call of `method` ended with the gRPC status `code`."""

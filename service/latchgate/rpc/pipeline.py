@@ -41,6 +41,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 ManagementHandler = Callable[[Any, Any, Caller], Awaitable[Message]]
 ValidationHandler = Callable[[Any, Any, Caller | None], Awaitable[Message | bytes]]
 Behaviour = Callable[[bytes, Context], Awaitable[Message | bytes]]
+FromMemory = Callable[[bytes], bytes | None]
+"""Gives the answer to a request, both in bytes, from memory; None, or an error, if that takes more."""
+Refuse = Callable[[status_pb2.Status, Context], bytes | None]
+"""Gives the answer that says an error in the words of a protocol; None where the call has to end with its status."""
 
 # What is left of a caller's time for the answer, when something was waited for: a quarter of it, or this.
 ANSWER_RESERVE_S = 0.2
@@ -55,11 +59,12 @@ _log = structlog.get_logger("latchgate.rpc")
 class Backend:
     """What stands behind the handlers: who judges the callers' tokens, and the services by their full names.
 
-    `recall` answers Validate from memory, where it can; `boottime` is the clock by which callers wait.
+    `recalls` answer from memory, where they can, by the full names of their methods; `boottime` is the clock by which
+    callers wait.
     """
 
     validator: Validator
-    recall: Callable[[bytes], bytes | None]
+    recalls: Mapping[str, FromMemory]
     boottime: Callable[[], float]
     services: Mapping[str, object]
 
@@ -75,8 +80,8 @@ class Pipeline:
         self._observer = observer
         self._is_validate_open = is_validate_open
         self._backend: Backend | None = None
-        # Answers Validate from memory, or says that it can not.
-        self.recall: Callable[[bytes], bytes | None] = _never
+        # What is answered from memory, by method.
+        self._memories: dict[str, _Memory] = {}
         self._gate: asyncio.Event | None = None
         # How many calls have come since `hold`.
         self.held = 0
@@ -85,11 +90,13 @@ class Pipeline:
         """Lets calls through."""
         self._backend = backend
         if self._is_validate_open and self._gate is None:
-            self.recall = backend.recall
+            for method, memory in self._memories.items():
+                memory.recall = backend.recalls[method]
 
     def hold(self) -> None:
         """Makes all calls that come from now on wait until `release`."""
-        self.recall = _never
+        for memory in self._memories.values():
+            memory.recall = _never
         self._gate = asyncio.Event()
 
     def release(self) -> None:
@@ -130,8 +137,13 @@ class Pipeline:
 
         return behave
 
-    def validation(self, method: MethodDescriptor, handler: ValidationHandler) -> Behaviour:
-        """Wraps a handler of the hot path: no rules but its own, no log line for an answer."""
+    def validation(
+        self, method: MethodDescriptor, handler: ValidationHandler, refuse: Refuse | None = None
+    ) -> Behaviour:
+        """Wraps a handler of the hot path: no rules but its own, no log line for an answer.
+
+        One that can `refuse` in its own words is given what came as bytes, to read it in its own way.
+        """
         name, service, request_type = _described(method)
 
         async def behave(raw: bytes, context: Context) -> Message | bytes:
@@ -140,7 +152,8 @@ class Pipeline:
             try:
                 backend = await self._admitted()
                 caller = None if self._is_validate_open else await _identify(backend, context)
-                return await handler(backend.services[service], parse(request_type, raw), caller)
+                request = raw if refuse else parse(request_type, raw)
+                return await handler(backend.services[service], request, caller)
             except BaseException as error:
                 call = _Call(name, context, start_s)
                 status = call.refuse(error)
@@ -149,15 +162,19 @@ class Pipeline:
                     call.log()
                 if status is None:
                     raise
+                answer = refuse(status, context) if refuse else None
+                if answer is not None:
+                    return answer
             finally:
                 self._observer.finished(name, code.name, perf_counter() - start_s)
             return await _abort(context, status)
 
         return behave
 
-    def recalling(self, behave: Behaviour) -> Behaviour:
-        """Has Validate answered from memory, and by `behave` only where that takes more."""
-        return _Recalling(self, self._observer.recalled, behave)
+    def recalling(self, method: MethodDescriptor, behave: Behaviour) -> Behaviour:
+        """Has a method of the hot path answered from memory, and by `behave` only where that takes more."""
+        memory = self._memories[method.full_name] = _Memory()
+        return _Recalling(memory, self._observer.tally(method_name(method)), behave)
 
 
 def _never(_raw: bytes) -> bytes | None:
@@ -165,22 +182,29 @@ def _never(_raw: bytes) -> bytes | None:
     return None
 
 
+class _Memory:
+    """What is answered from memory now."""
+
+    def __init__(self) -> None:
+        self.recall: FromMemory = _never
+
+
 class _Recalling:
-    """The behaviour of Validate.
+    """The behaviour of a method of the hot path.
 
     grpc asks at every call whether what it was given is a function whose calls are to be awaited; the answer is there
     soonest if it can be awaited itself. This one can not: it only looks as if it could.
     """
 
-    def __init__(self, pipeline: Pipeline, tally: Tally, behave: Behaviour) -> None:
-        self._pipeline = pipeline
+    def __init__(self, memory: _Memory, tally: Tally, behave: Behaviour) -> None:
+        self._memory = memory
         self._tally = tally
         self._behave = behave
 
     async def __call__(self, raw: bytes, context: Context) -> Message | bytes:
         start_s = perf_counter()
         try:
-            answer = self._pipeline.recall(raw)
+            answer = self._memory.recall(raw)
         except Exception:  # noqa: BLE001 - what it is, is found out and told below
             answer = None
         if answer is None:
@@ -198,10 +222,14 @@ class _Recalling:
         raise TypeError("a behaviour is called, and what that gives is awaited")
 
 
+def method_name(method: MethodDescriptor) -> str:
+    """Gives the name of a method for people, in logs and metrics."""
+    return f"{method.containing_service.name}/{method.name}"
+
+
 def _described(method: MethodDescriptor) -> tuple[str, str, type[Message]]:
     """Gives the name of a method for people, the full name of its service, and the class of its requests."""
-    service = method.containing_service
-    return f"{service.name}/{method.name}", service.full_name, GetMessageClass(method.input_type)
+    return method_name(method), method.containing_service.full_name, GetMessageClass(method.input_type)
 
 
 async def _identify(backend: Backend, context: Context) -> Caller:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import grpc
+from envoy.service.auth.v3 import external_auth_pb2
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
@@ -15,6 +16,8 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from apikeys.v1 import key_service_pb2, organization_service_pb2
+from latchgate.rpc import ext_authz
+from latchgate.rpc.ext_authz import ExtAuthz
 from latchgate.rpc.health import Health
 from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
@@ -22,11 +25,16 @@ from latchgate.rpc.pipeline import Pipeline
 
 KEY_SERVICE: Final = key_service_pb2.DESCRIPTOR.services_by_name["KeyService"]
 ORGANIZATION_SERVICE: Final = organization_service_pb2.DESCRIPTOR.services_by_name["OrganizationService"]
-SERVICES: Final = (KEY_SERVICE, ORGANIZATION_SERVICE)
+EXT_AUTHZ_SERVICE: Final[ServiceDescriptor] = external_auth_pb2.DESCRIPTOR.services_by_name["Authorization"]
+SERVICES: Final = (KEY_SERVICE, ORGANIZATION_SERVICE, EXT_AUTHZ_SERVICE)
 
-_HOT_METHODS: Final = frozenset({"Validate", "BatchValidate"})
-# Whose handlers answer with bytes: most of an answer was written when the key was loaded.
-_WRITTEN_METHODS: Final = frozenset({"Validate"})
+VALIDATE: Final = KEY_SERVICE.methods_by_name["Validate"]
+CHECK: Final = EXT_AUTHZ_SERVICE.methods_by_name["Check"]
+# Those that judge tokens, and of them those that are answered from memory, with bytes.
+_HOT_METHODS: Final = frozenset({VALIDATE, CHECK, KEY_SERVICE.methods_by_name["BatchValidate"]})
+_RECALLED_METHODS: Final = frozenset({VALIDATE, CHECK})
+# How errors are told where a protocol has words of its own for them.
+_REFUSALS: Final = {CHECK: ext_authz.refuse}
 
 # A request of 100 tokens of any sane length fits; a token of 1 MB fits too, and is told that it is none.
 MAX_REQUEST_BYTES: Final = 4 * 1024 * 1024
@@ -116,6 +124,7 @@ def make_server(*, pipeline: Pipeline, shares_port: bool = False) -> RpcServer:
     server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", int(shares_port))])
     server.add_generic_rpc_handlers((_bind(KEY_SERVICE, KeyService, pipeline),))
     server.add_generic_rpc_handlers((_bind(ORGANIZATION_SERVICE, OrganizationService, pipeline),))
+    server.add_generic_rpc_handlers((_bind(EXT_AUTHZ_SERVICE, ExtAuthz, pipeline),))
     served = [service.full_name for service in SERVICES]
     health_servicer = Health(served)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -125,20 +134,23 @@ def make_server(*, pipeline: Pipeline, shares_port: bool = False) -> RpcServer:
 
 
 def _bind(
-    service: ServiceDescriptor, implementation: type[KeyService | OrganizationService], pipeline: Pipeline
+    service: ServiceDescriptor,
+    implementation: type[KeyService | OrganizationService | ExtAuthz],
+    pipeline: Pipeline,
 ) -> grpc.GenericRpcHandler:
     """Binds every method of a service; one that is not implemented fails here, at the start."""
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in service.methods:
         handler = getattr(implementation, re.sub(r"(?<=[a-z])(?=[A-Z])", "_", method.name).lower())
-        wrap = pipeline.validation if method.name in _HOT_METHODS else pipeline.management
-        behave = wrap(method, handler)
+        if method in _HOT_METHODS:
+            behave = pipeline.validation(method, handler, _REFUSALS.get(method))
+        else:
+            behave = pipeline.management(method, handler)
+        recalled = method in _RECALLED_METHODS
         handlers[method.name] = grpc.unary_unary_rpc_method_handler(
-            pipeline.recalling(behave) if method.name in _WRITTEN_METHODS else behave,
+            pipeline.recalling(method, behave) if recalled else behave,
             # Requests are parsed within the behaviour, so that unreadable ones are answered like all other errors.
             request_deserializer=None,
-            response_serializer=(
-                None if method.name in _WRITTEN_METHODS else GetMessageClass(method.output_type).SerializeToString
-            ),
+            response_serializer=None if recalled else GetMessageClass(method.output_type).SerializeToString,
         )
     return grpc.method_handlers_generic_handler(service.full_name, handlers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Final, TypeGuard
 
 import grpc
@@ -72,10 +73,16 @@ def code_and_reason(error: errors.LatchgateError) -> tuple[grpc.StatusCode, str]
     return code, _Reason.Name(reason).removeprefix(REASON_PREFIX)
 
 
+def reason_of(status: status_pb2.Status) -> str:
+    """Reads the reason of a status."""
+    info = error_details_pb2.ErrorInfo()
+    return info.reason if any(detail.Unpack(info) for detail in status.details) else ""
+
+
 def status_of(error: errors.LatchgateError) -> status_pb2.Status:
     """Gives the status that a client is sent: code, message, reason, and the details that go with it."""
     code, reason = code_and_reason(error)
-    status = _status(code, error.message, reason, dict(error.details))
+    status = make_status(code, error.message, reason, dict(error.details))
     if isinstance(error, errors.InvalidFieldError):
         _attach(status, _bad_request(error))
     if isinstance(error, errors.CallerRateLimitedError):
@@ -107,7 +114,7 @@ def _told(text: str, max_bytes: int) -> str:
 
 def internal_status(incident: str) -> status_pb2.Status:
     """Gives the status for a fault of the service: nothing of it but the number under which the log has it."""
-    return _status(
+    return make_status(
         grpc.StatusCode.INTERNAL,
         f"the service failed; its log has the details under incident {incident}",
         _Reason.Name(_Reason.ERROR_REASON_INTERNAL).removeprefix(REASON_PREFIX),
@@ -115,7 +122,8 @@ def internal_status(incident: str) -> status_pb2.Status:
     )
 
 
-def _status(code: grpc.StatusCode, message: str, reason: str, metadata: dict[str, str]) -> status_pb2.Status:
+def make_status(code: grpc.StatusCode, message: str, reason: str, metadata: Mapping[str, str]) -> status_pb2.Status:
+    """Puts a status together, with what programs read of it."""
     number: int = code.value[0]
     status = status_pb2.Status(code=number, message=_told(message, MAX_MESSAGE_BYTES))
     told = {name: _told(value, MAX_FIELD_BYTES) for name, value in metadata.items()}
