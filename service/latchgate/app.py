@@ -63,6 +63,8 @@ from latchgate.storage.requests import RequestSealer, forget_requests
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.usage import UsageBuffer
 from latchgate.watch import DatabaseWatch, Figures
+from latchgate.web.auth import AuthEndpoint
+from latchgate.web.server import HttpListenError, HttpServer
 
 # Elsewhere than on Linux the monotonic clock does not stop.
 _BOOTTIME: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -105,11 +107,12 @@ class Running:
     """A service that listens, on the addresses that it has in truth.
 
     `ready` is done once it has its database; it fails if it never can. `background` tells when it can not go on.
-    `metrics_listen` is empty for a worker.
+    `metrics_listen` is empty for a worker, and `http_listen` where no gateway may ask over HTTP.
     """
 
     server: RpcServer
     listen: str
+    http_listen: str
     metrics_listen: str
     metrics: Metrics
     ready: asyncio.Task[Ready]
@@ -135,6 +138,8 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
         usage = UsageBuffer(database)
         background = Background()
         server = make_server(pipeline=pipeline, shares_port=role is not Role.ALONE)
+        endpoint = AuthEndpoint(metrics, metrics, settings.trusted_hops)
+        http = HttpServer(endpoint, settings.drain_seconds)
         await server.set_serving(is_serving=False)
         parts = _Parts(
             settings=settings,
@@ -145,22 +150,27 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
             background=background,
             pipeline=pipeline,
             server=server,
+            endpoint=endpoint,
+            http=http,
+            shares_ports=role is not Role.ALONE,
         )
         # From the last to the first: calls end, then the work beside them, then what they left is written.
         stack.push_async_callback(_flush_last, usage)
         beside = await stack.enter_async_context(AsyncExitStack())
         stack.push_async_callback(background.close)
         if role is not Role.SUCCESSOR:
-            await _listen(settings, server, credentials)
+            await _listen(parts, credentials)
         ready = asyncio.create_task(_get_ready_and_listen(beside, parts, dsn, credentials))
         stack.push_async_callback(_cancelled, ready)
         stack.push_async_callback(drain, server, pipeline, settings.drain_seconds)
+        stack.push_async_callback(http.close)
         stack.callback(background.stop)
         # Shielded: it waits for a future that stopping the server needs as well.
         background.keep("gRPC server", asyncio.shield(server.server.wait_for_termination()))
         yield Running(
             server=server,
             listen=_with_port(settings.listen, server.port),
+            http_listen=_with_port(settings.http_listen, http.port) if settings.http_listen else "",
             metrics_listen=metrics_listen,
             metrics=metrics,
             ready=ready,
@@ -178,6 +188,9 @@ class _Parts:
     background: Background
     pipeline: Pipeline
     server: RpcServer
+    endpoint: AuthEndpoint
+    http: HttpServer
+    shares_ports: bool
 
 
 def _credentials(settings: Settings) -> ReloadingCredentials | None:
@@ -202,11 +215,17 @@ def _with_port(listen: str, port: int) -> str:
     return f"{listen.rpartition(':')[0]}:{port}" if port else listen
 
 
-async def _listen(settings: Settings, server: RpcServer, credentials: ReloadingCredentials | None) -> None:
+async def _listen(parts: _Parts, credentials: ReloadingCredentials | None) -> None:
+    settings = parts.settings
     try:
-        await server.listen(settings.listen, credentials.credentials() if credentials else None)
+        await parts.server.listen(settings.listen, credentials.credentials() if credentials else None)
     except ListenError as error:
         raise ListenError(f"LATCHGATE_LISTEN: {error}") from None
+    try:
+        if settings.http_listen:
+            await parts.http.listen(settings.http_listen, shares_port=parts.shares_ports)
+    except HttpListenError as error:
+        raise ListenError(f"LATCHGATE_HTTP_LISTEN: {error}") from None
 
 
 async def _get_ready_and_listen(
@@ -215,7 +234,7 @@ async def _get_ready_and_listen(
     """Gets ready, and listens if that was put off until now."""
     ready = await _get_ready(stack, parts, dsn)
     if not parts.server.port:
-        await _listen(parts.settings, parts.server, credentials)
+        await _listen(parts, credentials)
     return ready
 
 
@@ -267,6 +286,7 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:
         foreign=foreign,
     )
     pipeline.connect(_backend(parts, tokens, tag_key, validator, effects))
+    parts.endpoint.connect(validator)
     watch = DatabaseWatch(probe, server, parts.metrics, background, coherence, reader)
     await watch.show(is_up=True)
     background.keep("reading of the change log", membership.run())

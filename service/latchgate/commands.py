@@ -36,6 +36,7 @@ class Started:
     """A service all of whose workers serve. `root_token` is there only if it was made now, and is shown once."""
 
     listen: str
+    http_listen: str | None
     metrics_listen: str
     workers: int
     schema: str
@@ -105,8 +106,11 @@ async def _serve(settings: Settings, welcome: Welcome, farewell: Callable[[], No
             registry = CollectorRegistry()
             registry.register(metrics)
             metrics_listen = serve_metrics(stack, settings.metrics_listen, registry)
-            listen = hold_port(stack, settings.listen)
+            listen = hold_port(stack, settings.listen, "LATCHGATE_LISTEN")
             addresses = {"LATCHGATE_DATABASE_URL": dsn, "LATCHGATE_LISTEN": listen}
+            if settings.http_listen:
+                held = hold_port(stack, settings.http_listen, "LATCHGATE_HTTP_LISTEN")
+                addresses["LATCHGATE_HTTP_LISTEN"] = held
             supervisor = Supervisor(
                 count=settings.workers,
                 drain_s=settings.drain_seconds,
@@ -119,6 +123,7 @@ async def _serve(settings: Settings, welcome: Welcome, farewell: Callable[[], No
             if found is not None:
                 started = Started(
                     listen=listen,
+                    http_listen=addresses.get("LATCHGATE_HTTP_LISTEN"),
                     metrics_listen=metrics_listen,
                     workers=settings.workers,
                     schema=found[0].schema,
@@ -176,6 +181,7 @@ async def _announce(started: Started) -> None:
     _log.info(
         "serving",
         listen=started.listen,
+        **({"http": started.http_listen} if started.http_listen else {}),
         metrics=started.metrics_listen,
         schema=started.schema,
         workers=started.workers,

@@ -142,6 +142,7 @@ class Settings(BaseSettings):
     answer_ttl_seconds: float = Field(default=0.0, ge=0, le=3600)
     listen: Address = "127.0.0.1:50051"
     metrics_listen: Address = "127.0.0.1:9464"
+    http_listen: Address | None = None
     workers: int = Field(default_factory=_own_cores, ge=1, le=MAX_WORKERS)
     root_token: Secret | None = None
     tag_key: Secret | None = None
@@ -177,6 +178,16 @@ class Settings(BaseSettings):
             raise ValueError("LATCHGATE_TLS_CERT and LATCHGATE_TLS_KEY: must be set together")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("LATCHGATE_TLS_CLIENT_CA: needs LATCHGATE_TLS_CERT and LATCHGATE_TLS_KEY")
+        if self.http_listen and not self.allow_plaintext and not _is_loopback(self.http_listen):
+            raise ValueError(
+                f"LATCHGATE_HTTP_LISTEN: {self.http_listen} can be reached from other machines, and tokens would cross "
+                "the network in plain text; listen on a loopback address, or set LATCHGATE_ALLOW_PLAINTEXT=true"
+            )
+        if self.http_listen and self.validate_access is ValidateAccess.AUTHENTICATED:
+            raise ValueError(
+                "LATCHGATE_HTTP_LISTEN: gateways that ask over HTTP can not say who they are, as "
+                "LATCHGATE_VALIDATE_ACCESS=authenticated demands; unset one of the two"
+            )
         if self.tls_cert is None and not self.allow_plaintext and not _is_loopback(self.listen):
             raise ValueError(
                 f"LATCHGATE_LISTEN: {self.listen} can be reached from other machines, and tokens would cross the "

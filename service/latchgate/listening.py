@@ -25,7 +25,7 @@ class PortError(Exception):
     """An address can not be listened on. The message is one line that names the setting."""
 
 
-def hold_port(stack: AsyncExitStack, listen: str) -> str:
+def hold_port(stack: AsyncExitStack, listen: str, setting: str) -> str:
     """Holds a port for workers until `stack` ends, and gives the address, with a port that was found if it was 0.
 
     Nobody listens on it yet: connections are refused until a worker does. Raises PortError if anybody else has it, also
@@ -35,7 +35,7 @@ def hold_port(stack: AsyncExitStack, listen: str) -> str:
     try:
         addresses = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError:
-        raise _refused(listen) from None
+        raise _refused(listen, setting) from None
     found = 0
     for family, *_, address in addresses:
         try:
@@ -44,11 +44,11 @@ def hold_port(stack: AsyncExitStack, listen: str) -> str:
         except OSError as error:
             # An address that this machine lacks is no matter if the name has another.
             if error.errno not in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
-                raise _refused(listen) from None
+                raise _refused(listen, setting) from None
         else:
             found = held.getsockname()[1]
     if not found:
-        raise _refused(listen)
+        raise _refused(listen, setting)
     return f"{host}:{found}"
 
 
@@ -67,10 +67,8 @@ def _hold(held: socket.socket, address: tuple[object, ...]) -> None:
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
-def _refused(listen: str) -> PortError:
-    return PortError(
-        f"LATCHGATE_LISTEN: {listen} can not be listened on: it is in use, or is no address of this machine"
-    )
+def _refused(listen: str, setting: str) -> PortError:
+    return PortError(f"{setting}: {listen} can not be listened on: it is in use, or is no address of this machine")
 
 
 def serve_metrics(stack: AsyncExitStack, listen: str, registry: CollectorRegistry) -> str:

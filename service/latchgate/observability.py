@@ -100,7 +100,7 @@ def _library_event(_logger: Any, _name: str, event: MutableMapping[str, Any]) ->
 
 
 class _Recalled:
-    """Implements latchgate.rpc.observers.Tally."""
+    """Implements latchgate.observers.Tally."""
 
     def __init__(self) -> None:
         self.quick_s = _SECONDS[0]

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latchgate.domain.errors import InvalidFieldError, MalformedRequestError
+from latchgate.gateway.credentials import MAX_NEEDS, Carrier, Problem
 from latchgate.rpc import check_request
-from latchgate.rpc.check_request import MAX_NEEDS, Carrier, Check, CheckReader, Problem
+from latchgate.rpc.check_request import Check, CheckReader
 from support.checks import PEER
 from support.checks import check_request as asked
 

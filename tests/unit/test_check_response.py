@@ -14,8 +14,10 @@ from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as keys_pb
 from latchgate.domain.model import KeyRecord, Outcome, RateState, Verdict
 from latchgate.domain.validation import Need
-from latchgate.rpc.check_request import Carrier, Check, Problem
-from latchgate.rpc.check_response import DENIALS, MAX_PREPARED, PROBLEMS, CheckWriter, refused
+from latchgate.gateway.answers import DENIALS, PROBLEMS
+from latchgate.gateway.credentials import Carrier, Problem
+from latchgate.rpc.check_request import Check
+from latchgate.rpc.check_response import MAX_PREPARED, CheckWriter, refused
 from support.checks import CheckAnswer, read_answer
 from support.records import KEY_RECORD, NOW_S
 

@@ -7,59 +7,36 @@ token, and must not be able to make the question unreadable, and so to choose wh
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Mapping, Sequence
-from enum import Enum, IntEnum
 from typing import Any, Final, NamedTuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 
-from latchgate.domain.errors import InvalidFieldError, MalformedRequestError
-from latchgate.domain.validation import MAX_COST, Need
+from latchgate.domain.errors import MalformedRequestError
+from latchgate.domain.validation import Need
+from latchgate.gateway.credentials import (
+    API_KEY,
+    AUTHORIZATION,
+    FORWARDED_FOR,
+    IDENTITY_PREFIX,
+    Carrier,
+    Needs,
+    Problem,
+    find_token,
+)
 
-AUTHORIZATION: Final = "authorization"
-API_KEY: Final = "x-api-key"
-FORWARDED_FOR: Final = "x-forwarded-for"
 CONTENT_TYPE: Final = "content-type"
 
-IDENTITY_PREFIX: Final = "x-latchgate-"
-"""Headers that begin so are the service's own: what a client sends under such a name never gets further."""
-
-PERMISSIONS: Final = "required_permissions"
-COST: Final = "cost"
-_EXTENSIONS: Final = frozenset((PERMISSIONS, COST))
-
-MAX_NEEDS: Final = 8192
-"""Of how many routes, and clients of theirs, it is remembered what they need."""
-
-_BEARER: Final = b"bearer"
-_SPACE: Final = b" \t"
 _GRPC: Final = re.compile(rb"application/grpc(?:[+;]|$)", re.IGNORECASE)
-_PORT: Final = re.compile(r"^(?:\[(.*)\]|([^:]*))(?::\d+)?$")
-
-
-class Carrier(IntEnum):
-    """In which headers the token came."""
-
-    NONE = 0
-    BEARER = 1
-    KEY = 2
-    BOTH = 3
-
-
-class Problem(Enum):
-    """Why there is no token to judge."""
-
-    MISSING = "missing"
-    CONFLICT = "conflict"
+_IDENTITY: Final = IDENTITY_PREFIX.encode()
 
 
 class Check(NamedTuple):
     """What is asked. `problem` is None where there is a token.
 
-    `spoofed` names headers of the request that only the service itself may set, but for those that it always sets.
+    `spoofed` names headers of the request that only the service itself may set.
     """
 
     token: bytes
@@ -74,84 +51,40 @@ class CheckReader:
     """Reads questions."""
 
     def __init__(self, trusted_hops: int = 0) -> None:
-        """Takes how many proxies before the gateway are trusted to have appended to x-forwarded-for whom they saw."""
-        self._trusted_hops = trusted_hops
-        # By what routes say, and from where their clients come.
-        self._needs: dict[tuple[bytes | None, bytes | None, bytes], Need] = {}
+        """Takes how many proxies before the gateway are trusted; see Needs."""
+        self._needs = Needs("attributes.context_extensions", trusted_hops)
 
     def read(self, raw: bytes) -> Check:
         """Reads a question. Raises MalformedRequestError, and InvalidFieldError for what a route says."""
-        try:
-            attributes = _CheckRequest.FromString(raw).attributes
-        except DecodeError:
-            raise MalformedRequestError("the request is no envoy.service.auth.v3.CheckRequest") from None
-        http = attributes.request.http
-        headers = http.headers or _headers(http.header_map)
-        token, carrier, problem = _credential(headers.get(AUTHORIZATION), headers.get(API_KEY))
-        content_type = headers.get(CONTENT_TYPE)
-        return Check(
-            token,
-            carrier,
-            problem,
-            self._need(attributes, headers),
-            content_type is not None and bool(_GRPC.match(content_type)),
-            _spoofed(headers) if _IDENTITY in raw else (),
-        )
-
-    def _need(self, attributes: Any, headers: Mapping[str, bytes]) -> Need:
-        extensions = attributes.context_extensions
-        permissions, cost = extensions.get(PERMISSIONS), extensions.get(COST)
-        address = attributes.source.address.socket_address.address
-        if self._trusted_hops:
-            address = _forwarded(headers.get(FORWARDED_FOR, b""), self._trusted_hops) or address
-        if len(extensions) != (permissions is not None) + (cost is not None):
-            unknown = min(set(extensions) - _EXTENSIONS)
-            # A slip of the pen must not open what it was to protect.
-            raise _route_error(unknown, f"is not known; there are {' and '.join(sorted(_EXTENSIONS))}")
-        said = permissions, cost, address
-        need = self._needs.get(said)
-        if need is None:
-            need = _need(permissions or b"", cost or b"1", address)
-            if len(self._needs) >= MAX_NEEDS:
-                self._needs.clear()
-            self._needs[said] = need
-        return need
+        attributes, headers = _parse(raw)
+        token, carrier, problem = find_token(headers.get(AUTHORIZATION), headers.get(API_KEY))
+        peer = attributes.source.address.socket_address.address
+        need = self._needs.read(attributes.context_extensions, peer, headers.get(FORWARDED_FOR))
+        spoofed = _spoofed(headers) if _IDENTITY in raw else ()
+        return Check(token, carrier, problem, need, _is_grpc(headers), spoofed)
 
 
-def _need(permissions: bytes, cost: bytes, address: bytes) -> Need:
-    """Reads what a route needs. Raises InvalidFieldError."""
+def is_from_grpc(raw: bytes) -> bool:
+    """Says whether a question is about a call of a gRPC client, if that can be read."""
     try:
-        names = re.split(r"[\s,]+", permissions.decode())
-    except UnicodeDecodeError:
-        raise _route_error(PERMISSIONS, "must be permissions, such as orders:read,orders:write") from None
-    if not cost.isdigit() or len(cost) > len(str(MAX_COST)):
-        raise _route_error(COST, f"must be a whole number up to {MAX_COST}")
-    return Need.of([name for name in names if name], _client_ip(address), int(cost), 0)
+        return _is_grpc(_parse(raw)[1])
+    except MalformedRequestError:
+        return False
 
 
-def _route_error(name: str, advice: str) -> InvalidFieldError:
-    return InvalidFieldError([(f"attributes.context_extensions[{name}]", advice)])
+def _parse(raw: bytes) -> tuple[Any, Mapping[str, bytes]]:
+    """Gives the attributes of a request, and its headers. Raises MalformedRequestError."""
+    try:
+        attributes = _CheckRequest.FromString(raw).attributes
+    except DecodeError:
+        raise MalformedRequestError("the request is no envoy.service.auth.v3.CheckRequest") from None
+    http = attributes.request.http
+    return attributes, http.headers or _headers(http.header_map)
 
 
-def _credential(authorization: bytes | None, key: bytes | None) -> tuple[bytes, Carrier, Problem | None]:
-    """Finds the token: of `Authorization: Bearer` (RFC 6750), else of X-API-Key.
-
-    A header that was sent twice is there once, with both values and a comma between them, which no token has.
-    """
-    token, carrier = b"", Carrier.NONE
-    if authorization is not None:
-        scheme, _, rest = authorization.strip(_SPACE).replace(b"\t", b" ").partition(b" ")
-        if scheme.lower() == _BEARER:
-            token, carrier = rest.strip(b" "), Carrier.BEARER
-    if key is not None:
-        key = key.strip(_SPACE)
-        if key:
-            if token and token != key:
-                return b"", Carrier.BOTH, Problem.CONFLICT
-            token, carrier = key, Carrier.BOTH if carrier is Carrier.BEARER else Carrier.KEY
-    if not token:
-        return b"", carrier, Problem.MISSING
-    return (b"", carrier, Problem.CONFLICT) if b"," in token else (token, carrier, None)
+def _is_grpc(headers: Mapping[str, bytes]) -> bool:
+    content_type = headers.get(CONTENT_TYPE)
+    return content_type is not None and bool(_GRPC.match(content_type))
 
 
 def _headers(raw: Any) -> dict[str, bytes]:
@@ -166,26 +99,6 @@ def _headers(raw: Any) -> dict[str, bytes]:
 
 def _spoofed(headers: Mapping[str, bytes]) -> tuple[str, ...]:
     return tuple(sorted(name for name in headers if name.startswith(IDENTITY_PREFIX)))
-
-
-def _forwarded(value: bytes, hops: int) -> bytes:
-    """Gives the address that the first of the trusted proxies saw; nothing if they are not all in the list.
-
-    The gateway itself has appended whom it saw, which is the last of the trusted ones.
-    """
-    addresses = value.split(b",")
-    return addresses[-hops - 1].strip() if len(addresses) > hops else b""
-
-
-def _client_ip(address: bytes) -> str:
-    """Gives an address as the rules take it; nothing for what is none, such as the path of a socket."""
-    match = _PORT.match(address.decode(errors="replace"))
-    text = (match[1] or match[2] or "") if match else address.decode(errors="replace")
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return ""
-    return text
 
 
 def _message_class() -> type[Message]:
@@ -225,5 +138,4 @@ _FIELDS: Final[Mapping[str, Sequence[tuple[str, int, str]]]] = {
     "HeaderMap": [("headers", 1, "HeaderValue")],
     "HeaderValue": [("key", 1, "string"), ("value", 2, "bytes"), ("raw_value", 3, "bytes")],
 }
-_IDENTITY: Final = IDENTITY_PREFIX.encode()
 _CheckRequest: Final[Any] = _message_class()

@@ -16,9 +16,9 @@ from latchgate.domain import access
 from latchgate.domain.errors import InvalidFieldError, MalformedRequestError
 from latchgate.domain.model import Caller, Outcome
 from latchgate.domain.validation import Validator
-from latchgate.rpc.check_request import Check, CheckReader
+from latchgate.observers import OutcomeObserver, Tally
+from latchgate.rpc.check_request import Check, CheckReader, is_from_grpc
 from latchgate.rpc.check_response import CheckWriter, overrun, refused, undecided
-from latchgate.rpc.observers import OutcomeObserver, Tally
 from latchgate.rpc.status import reason_of
 
 ERROR_RESPONSE: Final = "x-latchgate-error-response"
@@ -68,8 +68,7 @@ class ExtAuthz:
         except (InvalidFieldError, MalformedRequestError) as error:
             if monotonic() - self._reminded_s >= REMIND_S:
                 self._reminded_s = monotonic()
-                problems = error.violations if isinstance(error, InvalidFieldError) else error.message
-                _log.warning("gateway_misconfigured", problem=problems)
+                _log.warning("gateway_misconfigured", problem=error.message)
             raise
 
 
@@ -101,9 +100,9 @@ class CheckRecall:
         return self._write(verdict, check)
 
 
-def refuse(status: status_pb2.Status, context: grpc.aio.ServicerContext[Any, Any]) -> bytes | None:
+def refuse(status: status_pb2.Status, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes | None:
     """Says an error in Envoy's words, where the gateway understands them; else the call ends with its status."""
     if reason_of(status) == _BUDGET:
-        return overrun(status)
+        return overrun(status, is_grpc=is_from_grpc(raw))
     knows = any(name == ERROR_RESPONSE and value == "true" for name, value in context.invocation_metadata() or ())
-    return undecided(status) if knows else None
+    return undecided(status, is_grpc=is_from_grpc(raw)) if knows else None

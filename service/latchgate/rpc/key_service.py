@@ -12,9 +12,9 @@ from latchgate.domain.errors import InvalidFieldError
 from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import Caller, Verdict
 from latchgate.domain.validation import Validator
+from latchgate.observers import OutcomeObserver
 from latchgate.rpc import convert
 from latchgate.rpc.answers import AnswerWriter
-from latchgate.rpc.observers import OutcomeObserver
 from latchgate.rpc.pages import PageTokens, fitting, page_size
 
 MAX_BATCH = 100

@@ -32,7 +32,7 @@ from latchgate.domain.errors import (
 )
 from latchgate.domain.model import Caller
 from latchgate.domain.validation import Validator
-from latchgate.rpc.observers import CallObserver, Tally
+from latchgate.observers import CallObserver, Tally
 from latchgate.rpc.peers import peer_address
 from latchgate.rpc.requests import check_rules, parse
 from latchgate.rpc.status import code_and_reason, internal_status, is_listed, status_of
@@ -43,8 +43,8 @@ ValidationHandler = Callable[[Any, Any, Caller | None], Awaitable[Message | byte
 Behaviour = Callable[[bytes, Context], Awaitable[Message | bytes]]
 FromMemory = Callable[[bytes], bytes | None]
 """Gives the answer to a request, both in bytes, from memory; None, or an error, if that takes more."""
-Refuse = Callable[[status_pb2.Status, Context], bytes | None]
-"""Gives the answer that says an error in the words of a protocol; None where the call has to end with its status."""
+Refuse = Callable[[status_pb2.Status, bytes, Context], bytes | None]
+"""Gives the answer to a request that says an error in the words of a protocol; None where the call ends with it."""
 
 # What is left of a caller's time for the answer, when something was waited for: a quarter of it, or this.
 ANSWER_RESERVE_S = 0.2
@@ -162,7 +162,7 @@ class Pipeline:
                     call.log()
                 if status is None:
                     raise
-                answer = refuse(status, context) if refuse else None
+                answer = refuse(status, raw, context) if refuse else None
                 if answer is not None:
                     return answer
             finally:

@@ -11,8 +11,8 @@ from typing import Final
 from apikeys.v1 import key_service_pb2 as pb
 from latchgate.domain.model import Outcome
 from latchgate.domain.validation import Need, Validator
+from latchgate.observers import OutcomeObserver, Tally
 from latchgate.rpc.answers import AnswerWriter
-from latchgate.rpc.observers import OutcomeObserver, Tally
 
 _VALID: Final = Outcome.VALID
 

@@ -1,0 +1,1 @@
+"""What all gateways have in common, however they ask: what their clients send, and what those are told."""

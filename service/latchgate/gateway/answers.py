@@ -1,0 +1,120 @@
+"""What a gateway tells its clients, and those behind it. The same for every way in which gateways ask."""
+
+from __future__ import annotations
+
+import json
+from typing import Final, NamedTuple
+from urllib.parse import quote
+
+from apikeys.v1 import key_pb2, key_service_pb2
+from latchgate.domain.model import KeyRecord, Outcome, RateState
+from latchgate.gateway.credentials import IDENTITY_PREFIX, Problem
+
+REALM: Final = "latchgate"
+POLICY: Final = "minute"
+"""The name of the one limit that a key has."""
+WINDOW_S: Final = 60
+
+_IDENTITY: Final = ("key-id", "organization-id", "user-id", "environment", "permissions")
+IDENTITY_HEADERS: Final = frozenset(IDENTITY_PREFIX + name for name in _IDENTITY)
+"""The headers by which those behind the gateway hear who is calling."""
+
+# What a value may hold as it is: all that is visible, but the sign of what follows.
+_AS_THEY_ARE: Final = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+
+
+class Denial(NamedTuple):
+    """How a request is refused: `status` names gRPC's code, and RFC 6750 has the words of `error`."""
+
+    status: str
+    http: int
+    reason: str
+    message: str
+    error: str = ""
+
+
+def _unauthenticated(reason: str, message: str, error: str = "invalid_token") -> Denial:
+    return Denial("UNAUTHENTICATED", 401, reason, message, error)
+
+
+def _forbidden(reason: str, message: str) -> Denial:
+    return Denial("PERMISSION_DENIED", 403, reason, message)
+
+
+PROBLEMS: Final = {
+    Problem.MISSING: _unauthenticated(
+        "CREDENTIALS_MISSING", "send a token as `Authorization: Bearer <token>` or `X-API-Key: <token>`"
+    ),
+    Problem.CONFLICT: _unauthenticated(
+        "CREDENTIALS_CONFLICT", "send one token, once: this request holds several", "invalid_request"
+    ),
+}
+DENIALS: Final = {
+    Outcome.NOT_FOUND: _unauthenticated("NOT_FOUND", "the token is not known"),
+    Outcome.REVOKED: _unauthenticated("REVOKED", "the token was revoked"),
+    Outcome.INACTIVE: _unauthenticated("INACTIVE", "the key is switched off"),
+    Outcome.EXPIRED: _unauthenticated("EXPIRED", "the key has expired"),
+    Outcome.ORGANIZATION_INACTIVE: _forbidden("ORGANIZATION_INACTIVE", "the key's organization is switched off"),
+    Outcome.PERMISSION_DENIED: _forbidden("PERMISSION_DENIED", "the key lacks a permission that this needs"),
+    Outcome.ADDRESS_DENIED: _forbidden("ADDRESS_DENIED", "the key may not be used from this address"),
+    Outcome.RATE_LIMITED: Denial(
+        "RESOURCE_EXHAUSTED", 429, "RATE_LIMITED", "the key is over its rate limit; come back later"
+    ),
+}
+
+UNDECIDED: Final = Denial("UNAVAILABLE", 503, "UNAVAILABLE", "the token can not be judged now; try again in a second")
+OVERRUN: Final = Denial(
+    "UNAVAILABLE", 503, "LOOKUP_BUDGET_EXCEEDED", "too many unknown tokens at once; try again in a second"
+)
+COME_BACK: Final = {"retry-after": "1"}
+
+
+class Identity(NamedTuple):
+    """Who a key is, as those behind the gateway are told, and as the gateway's own log and limits are."""
+
+    headers: dict[str, str]
+    facts: dict[str, str]
+
+
+def identity(record: KeyRecord) -> Identity:
+    """Reads who a key is. What it has not stands in no header; values are visible ASCII, with `%` for all else."""
+    shown = key_service_pb2.ValidateResponse.FromString(record.shown)
+    environment = key_pb2.Environment.Name(shown.environment).removeprefix("ENVIRONMENT_").lower()
+    values = (shown.key_id, shown.organization_id, shown.user_id, environment, ",".join(shown.permissions))
+    return Identity(
+        {
+            IDENTITY_PREFIX + name: quote(value, safe=_AS_THEY_ARE)
+            for name, value in zip(_IDENTITY, values, strict=True)
+            if value
+        },
+        {
+            "key_id": shown.key_id,
+            "organization_id": shown.organization_id,
+            "plan": record.plan_id,
+            "environment": environment,
+        },
+    )
+
+
+def challenge(denial: Denial) -> dict[str, str]:
+    """Writes the header that says how to be authenticated, for those that are not."""
+    return {"www-authenticate": f'Bearer realm="{REALM}", error="{denial.error}"'} if denial.error else {}
+
+
+def body(denial: Denial) -> str:
+    """Writes a refusal as JSON."""
+    error = {"code": denial.http, "status": denial.status, "reason": denial.reason, "message": denial.message}
+    return json.dumps({"error": error}) + "\n"
+
+
+def rate_headers(rate: RateState) -> dict[str, str]:
+    """Writes where a key stands, in the header fields of draft-ietf-httpapi-ratelimit-headers-10."""
+    return {
+        "ratelimit-policy": f'"{POLICY}";q={rate.limit};w={WINDOW_S}',
+        "ratelimit": f'"{POLICY}";r={rate.remaining};t={rate.reset_after_s}',
+    }
+
+
+def retry_headers(rate: RateState) -> dict[str, str]:
+    """Writes where a key stands that is over its limit, and when to come back."""
+    return {"retry-after": str(rate.reset_after_s), **rate_headers(rate)}

@@ -1,0 +1,53 @@
+"""The HTTP server: its port and its limits."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aiohttp import web
+
+from latchgate.web.auth import AuthEndpoint
+
+MAX_HEADER_BYTES: Final = 64 * 1024
+"""Of all headers together as of one: a gateway hands on what its client sent."""
+MAX_HEADERS: Final = 1024
+KEEPALIVE_S: Final = 75.0
+"""Longer than nginx keeps a connection by itself (60 s): the one who may use it again closes it."""
+
+
+class HttpListenError(Exception):
+    """The address can not be listened on. The message names it."""
+
+
+class HttpServer:
+    """Serves one endpoint on the loop that is there."""
+
+    def __init__(self, endpoint: AuthEndpoint, grace_s: float) -> None:
+        """Takes what answers, and how many seconds requests that are under way have to finish at the end."""
+        server = web.Server(
+            endpoint.answer,
+            access_log=None,
+            keepalive_timeout=KEEPALIVE_S,
+            max_headers=MAX_HEADERS,
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+        )
+        self._runner = web.ServerRunner(server, shutdown_timeout=grace_s)
+        # 0 until it listens.
+        self.port = 0
+
+    async def listen(self, address: str, *, shares_port: bool) -> None:
+        """Takes requests on an address, from now on. Raises HttpListenError."""
+        host, _, port = address.rpartition(":")
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, host.strip("[]"), int(port), reuse_port=shares_port).start()
+        except OSError:
+            raise HttpListenError(
+                f"{address} can not be listened on: it is in use, or is no address of this machine"
+            ) from None
+        self.port = int(self._runner.addresses[0][1])
+
+    async def close(self) -> None:
+        """Takes no new connections, and lets requests that are under way finish."""
+        await self._runner.cleanup()

@@ -1,0 +1,26 @@
+"""All tests here run on one event loop: mark each module with `pytest.mark.asyncio(loop_scope="session")`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+
+from support.keys import Tenant, cloned_database, make_tenant
+from support.service import RunningService, run_service
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def shared(postgres_url: str, template_url: str) -> AsyncIterator[RunningService]:
+    """A service that gateways may ask over gRPC and HTTP."""
+    async with (
+        cloned_database(postgres_url, template_url) as url,
+        run_service(url, http_listen="127.0.0.1:0") as running,
+    ):
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def acme(shared: RunningService) -> Tenant:
+    """A tenant of the test's own."""
+    return await make_tenant(shared, "acme")
