@@ -111,6 +111,10 @@ bench-workers: $(STAMP) ## Measure what a second worker adds; writes docs/worker
 bench-flood: $(STAMP) ## Measure what good keys notice of a flood of made-up tokens; writes docs/flood.md
 	@$(BIN)/python tests/bench/flood.py
 
+.PHONY: bench-gateway
+bench-gateway: $(STAMP) ## Measure what it costs Envoy to ask about keys; writes docs/gateways/performance.md
+	@$(BIN)/python tests/bench/gateway.py $(ARGS)
+
 .PHONY: bench-memory
 bench-memory: $(STAMP) ## Measure what a key takes in a worker's memory; writes docs/memory.md
 	@$(BIN)/python tests/bench/memory.py

@@ -174,13 +174,15 @@ async def _ask(channel: grpc.aio.Channel, token: str) -> pb.ValidateResponse:
 
 
 @asynccontextmanager
-async def service(seeded: Seeded, source: Source, core: int, folder: Path) -> AsyncIterator[Service]:
-    """Runs `latchgate serve` with its own defaults and one worker, until the block ends.
+async def service(
+    seeded: Seeded, source: Source, core: int, folder: Path, settings: Mapping[str, str] | None = None
+) -> AsyncIterator[Service]:
+    """Runs `latchgate serve` with its own defaults, but for these settings, and one worker, until the block ends.
 
     One that is to look up every token has room for a single one in its memory.
     """
     port, metrics_port = free_port(), free_port()
-    environment = _environment(seeded, port, metrics_port, workers=1)
+    environment = _environment(seeded, port, metrics_port, workers=1) | dict(settings or {})
     if source is Source.DATABASE:
         environment["LATCHGATE_CACHE_KEYS"] = "1"
     log = folder / f"service-{seeded.keys}-{source.value}.log"

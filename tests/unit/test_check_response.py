@@ -14,10 +14,10 @@ from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as keys_pb
 from latchgate.domain.model import KeyRecord, Outcome, RateState, Verdict
 from latchgate.domain.validation import Need
-from latchgate.gateway.answers import DENIALS, PROBLEMS
+from latchgate.gateway.answers import DENIALS, MAX_REMEMBERED, PROBLEMS, Remembering
 from latchgate.gateway.credentials import Carrier, Problem
 from latchgate.rpc.check_request import Check
-from latchgate.rpc.check_response import MAX_PREPARED, CheckWriter, refused
+from latchgate.rpc.check_response import CheckWriter, refused
 from support.checks import CheckAnswer, read_answer
 from support.records import KEY_RECORD, NOW_S
 
@@ -197,12 +197,18 @@ def test_a_new_plan_is_told() -> None:
     assert ["gold", "silver"] == plans
 
 
-def test_prepared_answers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many keys there are, so many answers are kept and no more."""
-    assert MAX_PREPARED >= 10_000
-    monkeypatch.setattr("latchgate.rpc.check_response.MAX_PREPARED", 3)
-    writer = CheckWriter()
-    for number in range(5):
-        shown = keys_pb.ValidateResponse(key_id=f"key_{number}").SerializeToString()
-        writer.write(Verdict(Outcome.VALID, 7, NOW_S, replace(RECORD, shown=shown)), check())
-    assert 3 == len(writer.prepared)
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many keys there are, so many answers are kept and no more; each is made once while it is kept."""
+    assert MAX_REMEMBERED >= 10_000
+    monkeypatch.setattr("latchgate.gateway.answers.MAX_REMEMBERED", 3)
+    made: list[bytes] = []
+
+    def make(record: KeyRecord) -> bytes:
+        made.append(record.shown)
+        return record.shown
+
+    remembering = Remembering(make)
+    for shown in (b"1", b"2", b"3", b"4", b"4", b"5"):
+        assert shown == remembering(replace(RECORD, shown=shown))
+    assert [b"1", b"2", b"3", b"4", b"5"] == made
+    assert 3 == len(remembering.known)

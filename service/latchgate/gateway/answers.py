@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from typing import Final, Generic, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from apikeys.v1 import key_pb2, key_service_pb2
@@ -67,6 +68,32 @@ OVERRUN: Final = Denial(
     "UNAVAILABLE", 503, "LOOKUP_BUDGET_EXCEEDED", "too many unknown tokens at once; try again in a second"
 )
 COME_BACK: Final = {"retry-after": "1"}
+
+
+MAX_REMEMBERED: Final = 20_000
+"""Of how many keys what is told of them is remembered, some 25 MB."""
+
+Told = TypeVar("Told")
+
+
+class Remembering(Generic[Told]):
+    """Makes of a key what it is told as, once: until the key, or its plan, is another."""
+
+    def __init__(self, make: Callable[[KeyRecord], Told]) -> None:
+        """Takes what makes it."""
+        self._make = make
+        # By what is shown of a key, which a record says in the same bytes for as long as it is in memory.
+        self.known: dict[bytes, tuple[str, Told]] = {}
+
+    def __call__(self, record: KeyRecord) -> Told:
+        """Gives what a key is told as."""
+        known = self.known.get(record.shown)
+        if known is None or known[0] != record.plan_id:
+            if len(self.known) >= MAX_REMEMBERED:
+                # The one that came first.
+                del self.known[next(iter(self.known))]
+            known = self.known[record.shown] = (record.plan_id, self._make(record))
+        return known[1]
 
 
 class Identity(NamedTuple):

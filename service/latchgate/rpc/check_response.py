@@ -28,6 +28,7 @@ from latchgate.gateway.answers import (
     PROBLEMS,
     UNDECIDED,
     Denial,
+    Remembering,
     body,
     challenge,
     identity,
@@ -41,26 +42,19 @@ from latchgate.rpc.status import make_status
 _VALID: Final = Outcome.VALID
 _OVERWRITE: Final = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
-MAX_PREPARED: Final = 20_000
-"""Of how many keys the answers are kept, some 25 MB of them."""
-
 
 class CheckWriter:
     """Writes answers."""
 
     def __init__(self) -> None:
         """Begins with none prepared."""
-        # By what is shown of a key: the plan that goes with it, and the answer VALID.
-        self.prepared: dict[bytes, tuple[str, bytes]] = {}
+        self._allowing = Remembering(_allowing)
 
     def write(self, verdict: Verdict, check: Check) -> bytes:
         """Writes a verdict."""
         outcome, _, _, record, rate = verdict
         if outcome is _VALID and record is not None:
-            known = self.prepared.get(record.shown)
-            if known is None or known[0] != record.plan_id:
-                known = self._prepare(record)
-            answer = known[1] + _REMOVED[check.carrier]
+            answer = self._allowing(record) + _REMOVED[check.carrier]
             if check.spoofed:
                 answer += _removing(set(check.spoofed) - IDENTITY_HEADERS)
             return answer if rate is None else answer + _allowed(rate)
@@ -70,14 +64,6 @@ class CheckWriter:
         if rate is not None:
             answer += _refused(rate)
         return answer
-
-    def _prepare(self, record: KeyRecord) -> tuple[str, bytes]:
-        """Writes the answer VALID of a key."""
-        if len(self.prepared) >= MAX_PREPARED:
-            # The one that was prepared first.
-            del self.prepared[next(iter(self.prepared))]
-        known = self.prepared[record.shown] = (record.plan_id, _allowing(record))
-        return known
 
 
 def _allowing(record: KeyRecord) -> bytes:

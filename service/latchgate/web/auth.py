@@ -16,7 +16,7 @@ from aiohttp import web
 from multidict import CIMultiDictProxy
 
 from latchgate.domain.errors import InvalidFieldError, LookupBudgetError, StorageUnavailableError, UnavailableError
-from latchgate.domain.model import Outcome, Verdict
+from latchgate.domain.model import Outcome
 from latchgate.domain.validation import Validator
 from latchgate.gateway.answers import (
     COME_BACK,
@@ -25,6 +25,7 @@ from latchgate.gateway.answers import (
     PROBLEMS,
     UNDECIDED,
     Denial,
+    Remembering,
     body,
     challenge,
     identity,
@@ -62,6 +63,7 @@ class AuthEndpoint:
         self._outcomes = outcomes
         self._calls = calls
         self._needs = Needs("query", trusted_hops)
+        self._identity = Remembering(lambda record: identity(record).headers)
         self._validator: Validator | None = None
         self._reminded_s = -REMIND_S
 
@@ -105,7 +107,11 @@ class AuthEndpoint:
             cost=need.cost,
         )
         self._outcomes.outcome(verdict.outcome)
-        return _judged(verdict)
+        outcome, _, _, record, rate = verdict
+        if outcome is Outcome.VALID and record is not None:
+            return web.Response(headers=self._identity(record) | (rate_headers(rate) if rate else {}))
+        denial = DENIALS[outcome]
+        return _denied(denial, challenge(denial) | (retry_headers(rate) if rate else {}))
 
     def _failed(self, error: Exception) -> tuple[str, web.Response]:
         """Gives the code and the answer where there is no verdict."""
@@ -128,14 +134,6 @@ def _value(headers: CIMultiDictProxy[str], name: str) -> bytes | None:
     """Gives a header as it was sent; what was sent several times, with commas between (RFC 9110, 5.3)."""
     values = headers.getall(name, None)
     return None if values is None else ",".join(values).encode("utf-8", "surrogateescape")
-
-
-def _judged(verdict: Verdict) -> web.Response:
-    outcome, rate, record = verdict.outcome, verdict.rate, verdict.record
-    if outcome is Outcome.VALID and record is not None:
-        return web.Response(headers=identity(record).headers | (rate_headers(rate) if rate else {}))
-    denial = DENIALS[outcome]
-    return _denied(denial, challenge(denial) | (retry_headers(rate) if rate else {}))
 
 
 def _denied(denial: Denial, headers: Mapping[str, str]) -> web.Response:
