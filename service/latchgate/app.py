@@ -26,7 +26,7 @@ from latchgate.domain.model import Scope
 from latchgate.domain.organizations import OrganizationManager
 from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.token import TokenFormat, digest
-from latchgate.domain.validation import ForeignLookupBudget, Validator
+from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
 from latchgate.draining import drain
 from latchgate.listening import PortError, Role, serve_metrics
 from latchgate.observability import Metrics
@@ -284,6 +284,7 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:
         limiter=WindowLimiter(time.monotonic),
         usage=parts.usage,
         foreign=foreign,
+        patience=Patience(time.monotonic),
     )
     pipeline.connect(_backend(parts, tokens, tag_key, validator, effects))
     parts.endpoint.connect(validator)

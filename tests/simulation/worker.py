@@ -9,7 +9,7 @@ from latchgate.domain.cache import KeyCache
 from latchgate.domain.coherence import CLOCK_DRIFT, Coherence, LeaseTerms, Reading
 from latchgate.domain.model import KeyIdentity, Lookup
 from latchgate.domain.ratelimit import WindowLimiter
-from latchgate.domain.validation import ForeignLookupBudget, Validator
+from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
 from latchgate.storage.coherence import Membership
 from latchgate.storage.effects import EffectPoller
 from latchgate.storage.link import Link
@@ -69,6 +69,7 @@ class Worker:
             limiter=WindowLimiter(self.loop.time),
             usage=self,
             foreign=ForeignLookupBudget(self.loop.time),
+            patience=Patience(self.loop.time),
         )
         self.is_leaving = False
         self.heard_timeline = ""

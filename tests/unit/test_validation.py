@@ -23,7 +23,7 @@ from latchgate.domain.model import Environment, KeyRecord, KeyType, Lookup, Outc
 from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.rules import normal_cidrs
 from latchgate.domain.token import TokenFormat, digest
-from latchgate.domain.validation import ForeignLookupBudget, Need, Validator, fingerprint
+from latchgate.domain.validation import ForeignLookupBudget, Need, Patience, Validator, fingerprint
 from support.records import INSTANT_S, KEY_RECORD, NOW_S, ManualClock, bound_to, granting
 
 CONTRACT = Path(__file__).parents[2] / "protos/apikeys/v1/key_service.proto"
@@ -141,6 +141,7 @@ class Scene:
         self.limiter = ScriptedLimiter()
         self.usage = MemoryUsage()
         self.foreign = ForeignLookupBudget(self.clock, per_second, remembered)
+        self.slept_s: list[float] = []
         self.memory = ScriptedMemory(self.clock)
         self.validator = Validator(
             tokens=TOKENS,
@@ -149,7 +150,11 @@ class Scene:
             limiter=self.limiter,
             usage=self.usage,
             foreign=self.foreign,
+            patience=Patience(self.clock, self._sleep, per_second=3, delay_s=0.1),
         )
+
+    async def _sleep(self, seconds: float) -> None:
+        self.slept_s.append(seconds)
 
     def put(self, record: KeyRecord, token: str = TOKEN) -> None:
         """Makes a token one of a key."""
@@ -311,6 +316,7 @@ async def test_with_the_real_limiter() -> None:
         limiter=WindowLimiter(clock),
         usage=scene.usage,
         foreign=ForeignLookupBudget(clock),
+        patience=Patience(clock),
     )
     verdicts = [await validator.validate(TOKEN) for _ in range(4)]
     assert [Outcome.VALID] * 3 + [Outcome.RATE_LIMITED] == [verdict.outcome for verdict in verdicts]
@@ -750,7 +756,7 @@ async def test_ends_come_while_a_key_is_in_memory() -> None:
 
 @pytest.mark.parametrize(
     "outcomes",
-    [(), *((each,) for each in ORDER), *combinations(ORDER, 2)],
+    [(), *((each,) for each in ORDER[1:]), *combinations(ORDER[1:], 2)],
     ids=lambda outcomes: "+".join(outcome.value for outcome in outcomes) or "valid",
 )
 async def test_what_is_recalled_is_what_would_be_found(outcomes: tuple[Outcome, ...]) -> None:
@@ -811,6 +817,50 @@ async def test_recalled_is_what_is_found(
 def test_nothing_is_recalled_of_what_memory_does_not_know() -> None:
     """Memory that says nothing is not taken for a yes."""
     assert Scene().validator.recall(TOKEN.encode(), Need.of((), "", 1, 0)) is None
+
+
+def test_what_nobody_knows_is_not_recalled() -> None:
+    """That a token is none is not said in haste, though memory knows it: those who try many have to wait."""
+    scene = Scene()
+    scene.memory.known = Lookup(None, NOW_S, REVISION)
+    assert scene.validator.recall(TOKEN.encode(), Need.of((), "", 1, 0)) is None
+
+
+async def test_many_unknown_tokens_have_to_wait() -> None:
+    """Some unknown tokens a second are answered at once, those beyond later; a second later it is the same again."""
+    scene = Scene()
+    wrong = TOKEN[:-1] + ("0" if TOKEN[-1] != "0" else "1")
+    scene.memory.known = None
+    tokens = [wrong, "x", TOKENS.mint(KeyType.SECRET, Environment.LIVE).token]
+    for _ in range(2):
+        for token in tokens:
+            assert Outcome.NOT_FOUND is (await scene.validate(token)).outcome
+        assert [] == scene.slept_s
+        for token in tokens:
+            assert Outcome.NOT_FOUND is (await scene.validate(token)).outcome
+        assert [0.1] * 3 == scene.slept_s
+        scene.slept_s.clear()
+        scene.clock.advance(1)
+
+
+async def test_tokens_beyond_the_budget_have_to_wait() -> None:
+    """An unknown token that may not be looked up is told so as late as others are."""
+    scene = Scene(per_second=0)
+    for _ in range(4):
+        with pytest.raises(LookupBudgetError):
+            await scene.validate(FOREIGN_TOKEN)
+    assert [0.1] == scene.slept_s
+
+
+@pytest.mark.parametrize("outcome", [None, *ORDER[1:]])
+async def test_nobody_else_waits(outcome: Outcome | None) -> None:
+    """However many unknown tokens are tried, every key that is known, good or not, is answered at once."""
+    scene = scene_with(*([outcome] if outcome else []))
+    for _ in range(10):
+        await scene.validate("x")
+    scene.slept_s.clear()
+    assert (outcome or Outcome.VALID) is (await scene.validate()).outcome
+    assert [] == scene.slept_s
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache, partial
 from hashlib import blake2s
 from typing import NamedTuple
@@ -94,10 +95,44 @@ class ForeignLookupBudget:
             self._known.popitem(last=False)
 
 
+class Patience:
+    """Makes those wait who try tokens that nobody knows, when they are many.
+
+    `per_second` such answers are given at once; each beyond waits for `delay_s` seconds. Who asks again as soon as an
+    answer is there, as a flood does behind a gateway with so many connections, is slowed down by its own waiting, and
+    leaves the processor to those with good tokens. Nobody else waits for it.
+    """
+
+    def __init__(
+        self,
+        monotonic: Callable[[], float],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        per_second: float = 200.0,
+        delay_s: float = 0.1,
+    ) -> None:
+        """Takes a clock in seconds that never goes back, and what waits."""
+        self._monotonic = monotonic
+        self._sleep = sleep
+        self._per_second = per_second
+        self._delay_s = delay_s
+        self._left = per_second
+        self._filled_s = monotonic()
+
+    async def wait(self) -> None:
+        """Waits before an answer, if there were many."""
+        now = self._monotonic()
+        self._left = min(self._per_second, self._left + (now - self._filled_s) * self._per_second)
+        self._filled_s = now
+        if self._left >= 1:
+            self._left -= 1
+        else:
+            await self._sleep(self._delay_s)
+
+
 class Validator:
     """Judges tokens. One function for every transport, so that each gives the same answer."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the ports of the hot path, each by its name
         self,
         *,
         tokens: TokenFormat,
@@ -106,14 +141,16 @@ class Validator:
         limiter: Limiter,
         usage: UsageRecorder,
         foreign: ForeignLookupBudget,
+        patience: Patience,
     ) -> None:
-        """Takes the token format, where keys are found and remembered, and who counts."""
+        """Takes the token format, where keys are found and remembered, who counts, and who waits."""
         self._tokens = tokens
         self._keys = keys
         self._memory = memory
         self._limiter = limiter
         self._usage = usage
         self._foreign = foreign
+        self._patience = patience
 
     def recall(self, token: bytes, need: Need) -> Verdict | None:
         """Judges a token from memory, without waiting; None if memory can not say, and `validate` has to be asked.
@@ -122,7 +159,7 @@ class Validator:
         speed: under load each step costs several times what it costs in a loop of its own.
         """
         lookup = self._memory.find(blake2s(token).digest(), need.min_revision)
-        return None if lookup is None else self._judge(lookup, need)
+        return None if lookup is None or lookup.record is None else self._judge(lookup, need)
 
     async def validate(
         self,
@@ -140,18 +177,28 @@ class Validator:
         never given out, and UnavailableError when it can not be decided.
         """
         need = Need.of(required_permissions, client_ip, cost, min_revision)
+        try:
+            verdict = await self._validate(token, need, only_organization_id)
+        except LookupBudgetError:
+            await self._patience.wait()
+            raise
+        if verdict.outcome is Outcome.NOT_FOUND:
+            await self._patience.wait()
+        return verdict
+
+    async def _validate(self, token: str, need: Need, only_organization_id: str) -> Verdict:
         if not may_be_token(token):
             return _UNTOLD
         # What is in memory had a right tag when it came there.
-        lookup = self._memory.find(fingerprint(token.encode()), min_revision)
+        lookup = self._memory.find(fingerprint(token.encode()), need.min_revision)
         if lookup is None:
             form = self._tokens.recognise(token)
             if form is Form.IMPOSSIBLE:
                 return _UNTOLD
             lookup = await self._look_up(token, form)
-        if lookup.revision < min_revision:
+        if lookup.revision < need.min_revision:
             raise RevisionUnknownError(
-                f"min_revision {min_revision} was never given out: the newest change is {lookup.revision}"
+                f"min_revision {need.min_revision} was never given out: the newest change is {lookup.revision}"
             )
         if only_organization_id and lookup.record and lookup.record.organization_id != only_organization_id:
             return Verdict(outcome=Outcome.NOT_FOUND, revision=lookup.revision)
