@@ -21,7 +21,12 @@ from support.transport import DEADLINE_S, Http2
 SERVING: Final = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
 UNKNOWN: Final = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-NAMES: Final = ("", "apikeys.v1.KeyService", "apikeys.v1.OrganizationService")
+NAMES: Final = (
+    "",
+    "apikeys.v1.KeyService",
+    "apikeys.v1.OrganizationService",
+    "envoy.service.auth.v3.Authorization",
+)
 WATCH: Final = "/grpc.health.v1.Health/Watch"
 
 
