@@ -64,17 +64,17 @@ async def told(watched: Any) -> int | None:
 async def test_running_service_is_serving(service: RunningService) -> None:
     """Once the service has its database, it is SERVING as a whole and by the name of each of its services."""
     stub = health_pb2_grpc.HealthStub(service.channel)
-    assert [SERVING] * 3 == [await check(stub, name) for name in NAMES]
+    assert [SERVING] * len(NAMES) == [await check(stub, name) for name in NAMES]
 
 
 async def test_not_serving_until_told() -> None:
     """Before it has its database, the service is NOT_SERVING; then it is what it was told to be last."""
     async with health_server() as (server, stub):
-        assert [NOT_SERVING] * 3 == [await check(stub, name) for name in NAMES]
+        assert [NOT_SERVING] * len(NAMES) == [await check(stub, name) for name in NAMES]
         await server.set_serving(is_serving=True)
-        assert [SERVING] * 3 == [await check(stub, name) for name in NAMES]
+        assert [SERVING] * len(NAMES) == [await check(stub, name) for name in NAMES]
         await server.set_serving(is_serving=False)
-        assert [NOT_SERVING] * 3 == [await check(stub, name) for name in NAMES]
+        assert [NOT_SERVING] * len(NAMES) == [await check(stub, name) for name in NAMES]
 
 
 async def test_list_shows_all_services() -> None:
@@ -117,7 +117,7 @@ async def test_stop_says_so_and_ends_watches() -> None:
     async with health_server() as (server, stub):
         await server.set_serving(is_serving=True)
         watched = [watch(stub, name) for name in (*NAMES, "apikeys.v1.Nothing")]
-        assert [SERVING, SERVING, SERVING, UNKNOWN] == [await told(each) for each in watched]
+        assert [*[SERVING] * len(NAMES), UNKNOWN] == [await told(each) for each in watched]
 
         # Far beyond what a test may last: it can only pass if the watches end by themselves.
         async with asyncio.timeout(DEADLINE_S):
