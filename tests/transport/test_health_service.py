@@ -123,7 +123,7 @@ async def test_stop_says_so_and_ends_watches() -> None:
         async with asyncio.timeout(DEADLINE_S):
             await server.stop(600.0)
 
-        assert [NOT_SERVING, NOT_SERVING, NOT_SERVING, None] == [await told(each) for each in watched]
+        assert [*[NOT_SERVING] * len(NAMES), None] == [await told(each) for each in watched]
         assert [None, None, None] == [await told(each) for each in watched[:3]]
         assert grpc.StatusCode.UNAVAILABLE == (await refusal(stub.Check(health_pb2.HealthCheckRequest()))).code
 
