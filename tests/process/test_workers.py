@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import trustme
+from aiohttp import ClientSession, TCPConnector
 
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
@@ -56,6 +57,31 @@ async def stop(service: Fleet) -> None:
     service.process.tell(signal.SIGTERM)
     assert 0 == await service.process.ended()
     assert [] == service.events("worker_killed")
+
+
+async def test_workers_share_the_port_for_gateways(database_url: str, tmp_path: Path) -> None:
+    """Gateways that ask over HTTP reach all workers by one port, which nobody else can have."""
+    async with fleet(database_url, tmp_path, HTTP_LISTEN="127.0.0.1:0", LOG_LEVEL="info") as service:
+        listen = (await service.process.event("serving"))["http"]
+
+        async def ask_over_http() -> int:
+            connector = TCPConnector(force_close=True)
+            async with ClientSession(connector=connector) as http, http.get(f"http://{listen}/auth") as answer:
+                return answer.status
+
+        async def all_have_some() -> bool:
+            assert {401} == set(await asyncio.gather(*(ask_over_http() for _ in range(CONNECTIONS))))
+            metrics = await service.metrics()
+            return all(value(metrics, "latchgate_worker_calls_total", worker=str(worker)) for worker in WORKERS)
+
+        await until(all_have_some)
+        status, _, complaint = await run_latchgate(
+            "serve", tmp_path, environment(**(dict(SERVE) | {"DATABASE_URL": database_url, "HTTP_LISTEN": listen}))
+        )
+        assert (1, True) == (status, "LATCHGATE_HTTP_LISTEN" in complaint[-1])
+        service.process.tell(signal.SIGHUP)
+        await service.until_event("workers_renewed")
+        assert 401 == await ask_over_http()
 
 
 async def test_workers_share_the_port(database_url: str, tmp_path: Path) -> None:

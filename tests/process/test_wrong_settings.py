@@ -71,6 +71,10 @@ def assert_one_line(complaint: str, *names: str) -> None:
         ("LISTEN", "localhost:" + "1" * 5000),
         ("LISTEN", "0.0.0.0:0"),
         ("LISTEN", "[::]:0"),
+        ("HTTP_LISTEN", "8081"),
+        ("HTTP_LISTEN", "0.0.0.0:0"),
+        ("TRUSTED_HOPS", "-1"),
+        ("TRUSTED_HOPS", "some"),
         ("METRICS_LISTEN", "9464"),
         ("METRICS_LISTEN", "localhost:http"),
         ("TLS_CERT", "cert.pem"),
@@ -98,6 +102,13 @@ def test_wrong_value(failing: Failing, name: str, value: str) -> None:
     """A value that can not be is status 2, and one line that names the variable and does not show a secret."""
     status, complaint = failing(**{name: value})
     assert_one_line(complaint, f"LATCHGATE_{name}")
+    assert 2 == status
+
+
+def test_gateways_over_http_can_not_be_known(failing: Failing) -> None:
+    """Where gateways must say who they are, none may ask over HTTP: they could not. One line names both settings."""
+    status, complaint = failing(HTTP_LISTEN="127.0.0.1:0", VALIDATE_ACCESS="authenticated")
+    assert_one_line(complaint, "LATCHGATE_HTTP_LISTEN", "LATCHGATE_VALIDATE_ACCESS")
     assert 2 == status
 
 

@@ -15,6 +15,7 @@ import structlog
 from aiohttp import web
 from multidict import CIMultiDictProxy
 
+from latchgate.background import where
 from latchgate.domain.errors import InvalidFieldError, LookupBudgetError, StorageUnavailableError, UnavailableError
 from latchgate.domain.model import Outcome
 from latchgate.domain.validation import Validator
@@ -125,7 +126,7 @@ class AuthEndpoint:
                 _log.warning("gateway_misconfigured", problem=error.message)
             return "INVALID_ARGUMENT", _denied(Denial("INVALID_ARGUMENT", 500, "INVALID_FIELD", error.message), {})
         incident = secrets.token_hex(4)
-        _log.error("incident", incident=incident, error=type(error).__name__)
+        _log.error("http_auth", incident=incident, error=type(error).__name__, where=where(error))
         message = f"the service failed; its log has the details under incident {incident}"
         return "INTERNAL", _denied(Denial("INTERNAL", 500, "INTERNAL", message), {})
 
