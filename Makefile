@@ -62,12 +62,12 @@ types: $(STAMP) ## Check types, strictly, in service, tests, stubs and scripts
 	@$(BIN)/mypy
 
 .PHONY: generate
-generate: $(STAMP) ## Make stubs and the API reference from the protos
+generate: $(STAMP) ## Make stubs, the API reference and the transcoder's descriptor set from the protos
 	@$(BIN)/python protos/generate.py stubs
 
 .PHONY: generated
 generated: generate ## Fail if what is committed differs from what the protos give
-	@git diff --exit-code --stat -- generated docs/api.md
+	@git diff --exit-code --stat -- generated docs/api.md deploy/envoy/apikeys.binpb
 	@test -z "$$(git ls-files --others --exclude-standard -- generated)" || { echo "generated/ has files that are not committed"; exit 1; }
 
 .PHONY: breaking

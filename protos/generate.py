@@ -16,7 +16,8 @@ from pathlib import Path
 
 from api_reference import write_reference
 from google.api import annotations_pb2, field_behavior_pb2, http_pb2
-from google.protobuf import descriptor_pb2, duration_pb2, field_mask_pb2, timestamp_pb2
+from google.protobuf import any_pb2, descriptor_pb2, duration_pb2, field_mask_pb2, timestamp_pb2
+from google.rpc import error_details_pb2, status_pb2
 from grpc_tools import protoc
 from protovalidate._gen.buf.validate import validate_pb
 
@@ -24,7 +25,10 @@ PROTOS = Path(__file__).parent
 ROOT = PROTOS.parent
 GENERATED = ROOT / "generated"
 REFERENCE = ROOT / "docs" / "api.md"
+TRANSCODING = ROOT / "deploy" / "envoy" / "apikeys.binpb"
 CONTRACT = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.glob("apikeys/v1/*.proto"))
+# Named by no file of the contract, but sent with every error: a transcoder writes only what it has descriptors of.
+ERRORS = ("google/rpc/status.proto", "google/rpc/error_details.proto")
 # protovalidate brings its own message classes; the stubs of this contract need google.protobuf's.
 RULES = "buf/validate/validate.proto"
 # protoc's plugins stand beside this Python; PATH need not name them.
@@ -36,6 +40,7 @@ def _imports() -> descriptor_pb2.FileDescriptorSet:
     """Gathers the descriptors of everything that the contract imports."""
     imports = descriptor_pb2.FileDescriptorSet()
     for module in (
+        any_pb2,
         descriptor_pb2,
         timestamp_pb2,
         duration_pb2,
@@ -43,8 +48,16 @@ def _imports() -> descriptor_pb2.FileDescriptorSet:
         http_pb2,
         annotations_pb2,
         field_behavior_pb2,
+        status_pb2,
+        error_details_pb2,
     ):
-        module.DESCRIPTOR.CopyToProto(imports.file.add())
+        file = imports.file.add()
+        module.DESCRIPTOR.CopyToProto(file)
+        # Two installed packages bring google.api and google.rpc, and the one that was installed last wins. They differ
+        # in these options alone.
+        file.options.ClearField("cc_enable_arenas")
+        for extension in file.extension:
+            extension.ClearField("options")
     imports.file.add().ParseFromString(validate_pb.desc().proto.to_binary())
     return imports
 
@@ -69,8 +82,13 @@ def baseline(path: Path) -> None:
     _protoc("--include_imports", f"--descriptor_set_out={path}", *CONTRACT)
 
 
+def transcoding() -> None:
+    """Compiles what a gateway needs to serve the contract as JSON: it, its imports, and what errors carry."""
+    _protoc("--include_imports", f"--descriptor_set_out={TRANSCODING}", *CONTRACT, *ERRORS)
+
+
 def stubs() -> None:
-    """Makes generated/ and docs/api.md anew."""
+    """Makes generated/, docs/api.md and the transcoder's descriptor set anew."""
     shutil.rmtree(GENERATED, ignore_errors=True)
     GENERATED.mkdir()
     _protoc(f"--python_out={GENERATED}", f"--mypy_out=quiet:{GENERATED}", RULES, *CONTRACT)
@@ -83,6 +101,7 @@ def stubs() -> None:
         image(compiled)
         REFERENCE.parent.mkdir(exist_ok=True)
         write_reference(compiled, REFERENCE)
+    transcoding()
 
 
 if __name__ == "__main__":
