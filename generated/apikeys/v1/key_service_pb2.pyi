@@ -794,7 +794,9 @@ class ValidateRequest(_message.Message):
     COST_FIELD_NUMBER: _builtins.int
     MIN_REVISION_FIELD_NUMBER: _builtins.int
     token: _builtins.str
-    """The whole token, as the client sent it. Whatever is no token of this service is NOT_FOUND."""
+    """The whole token, as the client sent it. Whatever is no token of this service is NOT_FOUND. In JSON it is read by this
+    name and as `api_key`.
+    """
     client_ip: _builtins.str
     """The client's address, for keys that are bound to networks. An address that the client can not have made up: the peer's,
     or that of a header which a trusted proxy sets.
