@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import pytest
 import pytest_asyncio
 
+from support.edge import Edge
+from support.edge import edge as run_edge
 from support.keys import Tenant, cloned_database, make_tenant
 from support.service import RunningService, run_service
 
@@ -24,3 +27,10 @@ async def shared(postgres_url: str, template_url: str) -> AsyncIterator[RunningS
 async def acme(shared: RunningService) -> Tenant:
     """A tenant of the test's own."""
     return await make_tenant(shared, "acme")
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def edge(shared: RunningService, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Edge]:
+    """Envoy in front of the shared service."""
+    async with run_edge(tmp_path_factory.mktemp("envoy"), shared.address) as running:
+        yield running

@@ -12,7 +12,10 @@ from aiohttp import web
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upstream:
-    """A server that answers every request with its path, and remembers all headers, their names in lower case."""
+    """A server that answers every request with its path, and remembers all headers, their names in lower case.
+
+    Health checks, which ask for /health, are not remembered.
+    """
 
     port: int
     requests: list[dict[str, str]] = field(default_factory=list)
@@ -29,7 +32,8 @@ async def sample_upstream() -> AsyncIterator[Upstream]:
     upstream: Upstream
 
     async def answer(request: web.BaseRequest) -> web.Response:
-        upstream.requests.append({name.lower(): value for name, value in request.headers.items()})
+        if request.path != "/health":
+            upstream.requests.append({name.lower(): value for name, value in request.headers.items()})
         return web.Response(text=request.path)
 
     runner = web.ServerRunner(web.Server(answer, access_log=None, max_line_size=1 << 17, max_field_size=1 << 17))
