@@ -80,11 +80,18 @@ class Envoy:
 
 
 def prepare(
-    folder: Path, *, latchgate: str, upstream: str, admin_port: int, latchgate_ca: trustme.CA | None = None
+    folder: Path,
+    *,
+    latchgate: str,
+    upstream: str,
+    admin_port: int,
+    latchgate_ca: trustme.CA | None = None,
+    changes: Mapping[str, str] | None = None,
 ) -> trustme.CA:
     """Puts the files of deploy/envoy into a folder, with other addresses. Gives the authority for its certificate.
 
     With an authority of latchgate's, what the configuration says of TLS to latchgate is taken out of its comments.
+    `changes` are lines that stand there once, and those to take their place.
     """
     for file in DEPLOY.iterdir():
         if file.is_file():
@@ -100,6 +107,9 @@ def prepare(
     ):
         assert configuration.count(written) == times, written
         configuration = configuration.replace(written, real)
+    for written, changed in (changes or {}).items():
+        assert configuration.count(written) == 1, written
+        configuration = configuration.replace(written, changed)
     (folder / "tls").mkdir()
     if latchgate_ca:
         configuration = configuration.replace("    #tls ", "    ")
@@ -112,13 +122,11 @@ def prepare(
 
 @asynccontextmanager
 async def envoy(
-    folder: Path, *, latchgate: str, upstream: str, threads: int = 2, latchgate_ca: trustme.CA | None = None
+    folder: Path, *, latchgate: str, upstream: str, threads: int = 2, **options: Any
 ) -> AsyncIterator[Envoy]:
-    """Runs Envoy until the block ends. Its access log is access.log in the folder."""
+    """Runs Envoy until the block ends, with options as `prepare` takes them. Its access log is access.log there."""
     admin_port = free_port()
-    authority = prepare(
-        folder, latchgate=latchgate, upstream=upstream, admin_port=admin_port, latchgate_ca=latchgate_ca
-    )
+    authority = prepare(folder, latchgate=latchgate, upstream=upstream, admin_port=admin_port, **options)
     running = Envoy(port=0, metrics_port=0, admin=f"http://127.0.0.1:{admin_port}", folder=folder, authority=authority)
     running.renew()
     with (folder / "access.log").open("wb") as access_log:
