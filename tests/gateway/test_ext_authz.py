@@ -38,6 +38,33 @@ TOLD_IN_FULL = {
         '                initial_metadata: [{key: x-latchgate-error-response, value: "true"}]\n'
     )
 }
+VERSION = "              transport_api_version: V3\n"
+SENT_RAW = {VERSION: f"{VERSION}              encode_raw_headers: true\n"}
+# Envoy's own limit of two requests for all keys of a plan, by what latchgate has told it of the key.
+LIMITED_BY_ENVOY = {
+    "          - name: envoy.filters.http.router\n            typed_config:\n"
+    '              "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router\n'
+    "              # How long": """\
+          - name: envoy.filters.http.local_ratelimit
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit
+              stat_prefix: plans
+              token_bucket: {max_tokens: 1000, tokens_per_fill: 1000, fill_interval: 60s}
+              filter_enabled: {default_value: {numerator: 100}}
+              filter_enforced: {default_value: {numerator: 100}}
+              rate_limits:
+              - actions:
+                - metadata:
+                    descriptor_key: plan
+                    metadata_key: {key: envoy.filters.http.ext_authz, path: [{key: plan}]}
+              descriptors:
+              - entries: [{key: plan, value: default}]
+                token_bucket: {max_tokens: 2, tokens_per_fill: 2, fill_interval: 60s}
+          - name: envoy.filters.http.router
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
+              # How long"""
+}
 SPEAKS_GRPC = {
     "  - name: upstream\n    type: STRICT_DNS\n": (
         "  - name: upstream\n    type: STRICT_DNS\n"
@@ -139,6 +166,31 @@ async def test_repeated_headers(edge: Edge, acme: Tenant) -> None:
             assert 401 == answer.status
             assert "CREDENTIALS_CONFLICT" == (await answer.json())["error"]["reason"]
     assert before == len(edge.upstream.requests)
+
+
+async def test_raw_headers(acme: Tenant, tmp_path: Path) -> None:
+    """A gateway that sends headers as they came, one by one, is told the same: also of repeated and odd ones."""
+    created = await acme.key()
+    async with run_edge(tmp_path, acme.service.address, changes=SENT_RAW) as edge:
+        assert 200 == (await get(edge, created.token)).status
+        assert created.key.id == edge.upstream.last["x-latchgate-key-id"]
+        assert "x-api-key" not in edge.upstream.last
+        for values, told in (
+            ([created.token, created.token], "CREDENTIALS_CONFLICT"),
+            ([], "CREDENTIALS_MISSING"),
+            (["ü" * 40], "NOT_FOUND"),
+        ):
+            headers = [("x-api-key", value) for value in values]
+            async with edge.http.get(edge.envoy.url + "/orders", headers=headers) as answer:
+                assert (401, told) == (answer.status, (await answer.json())["error"]["reason"])
+
+
+async def test_envoys_own_limits(acme: Tenant, tmp_path: Path) -> None:
+    """Envoy's own rate limiter can tell keys apart by what latchgate says of them, such as their plan."""
+    created = await acme.key()
+    async with run_edge(tmp_path, acme.service.address, threads=1, changes=LIMITED_BY_ENVOY) as edge:
+        assert [200, 200, 429] == [(await get(edge, created.token)).status for _ in range(3)]
+        assert 2 == len(edge.upstream.requests)
 
 
 async def test_revoked_at_once(edge: Edge, acme: Tenant) -> None:
