@@ -138,7 +138,7 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
         usage = UsageBuffer(database)
         background = Background()
         server = make_server(pipeline=pipeline, shares_port=role is not Role.ALONE)
-        endpoint = AuthEndpoint(metrics, metrics, settings.trusted_hops)
+        endpoint = AuthEndpoint(metrics, metrics, settings.trusted_hops, lambda: server.health.is_serving)
         http = HttpServer(endpoint, settings.drain_seconds)
         await server.set_serving(is_serving=False)
         parts = _Parts(

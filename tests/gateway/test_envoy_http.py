@@ -20,29 +20,43 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), needs_envoy]
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "gateways" / "envoy-http.md"
 ASKED_OVER_GRPC: Final = re.compile(r" +grpc_service:\n.*?(?= +# What can not be decided is refused)", re.DOTALL)
-REPORTS: Final = (
-    "                match: {path_separated_prefix: /reports}\n"
-    "                route: {cluster: upstream, timeout: 15s}\n"
-)
-NEEDS_OF_REPORTS: Final = re.compile(re.escape(REPORTS) + r"( +typed_per_filter_config:\n.*?)(?= +- name: )", re.DOTALL)
-UPSTREAM: Final = "                match: {prefix: /}\n                route: {cluster: upstream, timeout: 15s}\n"
+ROUTE: Final = re.compile(r" +- name: (upstream(?:-\w+)?)\n +match:.*?(?=\n +- name: |\n\n)", re.DOTALL)
+NEEDS: Final = re.compile(r" +typed_per_filter_config:\n.*context_extensions: \{(.*?)\}", re.DOTALL)
 
 
 def changes(http_listen: str) -> dict[str, str]:
     """Gives what the page says is to be changed, for a service at this address."""
     asks, removal, cluster, needs = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
     configuration = (DEPLOY / "envoy.yaml").read_text()
-    before, needed = ASKED_OVER_GRPC.search(configuration), NEEDS_OF_REPORTS.search(configuration)
+    before = ASKED_OVER_GRPC.search(configuration)
     assert before is not None
-    assert needed is not None
     host, _, port = http_listen.rpartition(":")
-    return {
+    changed = {
         before[0]: asks,
         "  clusters:\n": "  clusters:\n"
         + cluster.replace("address: latchgate, port_value: 8081", f"address: {host}, port_value: {port}"),
-        UPSTREAM: UPSTREAM + removal,
-        needed[1]: removal + needs,
     }
+    for route in ROUTE.finditer(configuration[configuration.index("CHANGE: the services behind") :]):
+        found = NEEDS.search(route[0])
+        if found is None:
+            changed[route[0] + "\n"] = f"{route[0]}\n{removal}"
+        else:
+            query = re.sub(r", *", "&", re.sub(r": *", "=", found[1]).replace('"', ""))
+            needed = re.sub(r"/auth\?\S+", f"/auth?{query}", needs)
+            changed[route[0]] = route[0].replace(found[0], removal + needed.rstrip("\n"))
+    return changed
+
+
+async def test_no_route_is_left_out() -> None:
+    """Every route to a service is changed, and none keeps needs of which nothing comes over HTTP."""
+    changed = changes("127.0.0.1:1")
+    assert 5 == len(changed)
+    configuration = (DEPLOY / "envoy.yaml").read_text()
+    for before, after in changed.items():
+        assert 1 == configuration.count(before)
+        configuration = configuration.replace(before, after)
+    assert "context_extensions" not in configuration
+    assert 3 == configuration.count("request_headers_to_remove: [authorization, x-api-key]")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -73,6 +87,7 @@ async def test_refusals(asking: Edge, acme: Tenant) -> None:
     far = await acme.key(allowed_cidrs=["10.0.0.0/8"])
     before = len(asking.upstream.requests)
     answers = [
+        await asking.call("GET", "/t/acme/api/v1/admin/users", token=good.token),
         await asking.call("GET", "/orders", token=""),
         await asking.call("GET", "/orders", token="lk_" + "x" * 40),
         await asking.call("GET", "/reports", token=lacking.token),
@@ -82,13 +97,14 @@ async def test_refusals(asking: Edge, acme: Tenant) -> None:
     await asking.call("GET", "/reports", token=good.token)
     answers.append(await asking.call("GET", "/reports", token=good.token))
     assert [
+        (403, "PERMISSION_DENIED"),
         (401, "CREDENTIALS_MISSING"),
         (401, "NOT_FOUND"),
         (403, "PERMISSION_DENIED"),
         (403, "ADDRESS_DENIED"),
         (429, "RATE_LIMITED"),
     ] == [(answer.status, answer.json["error"]["reason"]) for answer in answers]
-    assert 'Bearer realm="latchgate", error="invalid_token"' == answers[0].headers["www-authenticate"]
+    assert 'Bearer realm="latchgate", error="invalid_token"' == answers[1].headers["www-authenticate"]
     assert 0 < int(answers[-1].headers["retry-after"]) <= 62
 
 

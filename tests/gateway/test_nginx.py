@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from aiohttp import ClientSession
+from yarl import URL
 
 from support.databases import until
 from support.keys import Tenant
@@ -104,6 +106,56 @@ async def test_refusals(gateway: Gateway, acme: Tenant) -> None:
     assert '"minute";r=0;' in over[2]["ratelimit"]
     assert "retry-after" not in missing[2]
     assert "www-authenticate" not in lacking[2]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/orders/../1",
+        "/orders//../1",
+        "/orders/..",
+        "/orders/.",
+        "/orders/..%2fx",
+        "/orders/%2e%2e/1",
+        "/orders/%2E./1",
+        "/orders%2f..%2f1",
+        "/orders/1%23/../../x",
+        "/x/..%5corders",
+        "/x\\..\\orders",
+        "//orders/1",
+        "http://localhost//orders/../1",
+    ],
+)
+async def test_paths_mean_one_thing(gateway: Gateway, acme: Tenant, path: str) -> None:
+    """A path that nginx and the service behind could read in two ways leads around no permission: it is refused."""
+    token, before = (await acme.key()).token, len(gateway.upstream.requests)
+    host, _, port = gateway.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: l\r\nX-API-Key: {token}\r\nConnection: close\r\n\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    assert b"400" == answer.split()[1]
+    assert before == len(gateway.upstream.requests)
+
+
+@pytest.mark.parametrize("path", ["/.well-known/x", "/a.b/c..d", "/x?next=//y/../z%2f", "/v1...", "/%20x"])
+async def test_usual_paths_get_through(gateway: Gateway, acme: Tenant, path: str) -> None:
+    """Dots and slashes that mean nothing else are let be, and a query may hold anything."""
+    created = await acme.key()
+    async with gateway.http.get(URL(gateway.url + path, encoded=True), headers={"X-API-Key": created.token}) as answer:
+        assert 200 == answer.status
+
+
+async def test_a_header_that_can_not_be_read(gateway: Gateway, acme: Tenant) -> None:
+    """A credential with control characters is the client's mistake, and does not look like a service that is away."""
+    token = (await acme.key()).token
+    host, _, port = gateway.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"GET / HTTP/1.1\r\nHost: l\r\nX-API-Key: {token}\x01\r\nConnection: close\r\n\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    assert b"400" == answer.split()[1]
+    assert token.encode() not in answer
 
 
 async def test_revoked_at_once(gateway: Gateway, acme: Tenant) -> None:

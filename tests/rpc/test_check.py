@@ -141,7 +141,8 @@ async def test_same_as_validate(shared: RunningService, tokens: dict[str, str], 
     """For the same token and need, Check says what Validate says: outcome, key, and where the limit stands."""
     token = tokens[need["kind"]]
     validated = await shared.validate(token, required_permissions=need["permissions"], client_ip=need["peer"], cost=0)
-    extensions = {"required_permissions": ",".join(need["permissions"]), "cost": "0"}
+    needed = {"required_permissions": ",".join(need["permissions"])} if need["permissions"] else {}
+    extensions = {"cost": "0", **needed}
     request = check_request({"x-api-key": token}, peer=need["peer"], extensions=extensions)
     checked = await check(shared.channel, request)
     outcome = "VALID" if checked.code == 0 else checked.reason
@@ -191,6 +192,16 @@ async def test_gateways_that_must_be_known(guarded: RunningService) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await code(own.token, metadata=metadata)
         assert refused is caught.value.code()
+
+
+async def test_a_gateways_own_limit_is_none(guarded: RunningService) -> None:
+    """What a gateway asks is not charged to its own key: its clients could use up its limit, and nobody got through."""
+    tenant = await make_tenant(guarded, "limited")
+    gateway = bearer((await tenant.key(permissions=["keys:validate"], rate_limit_per_minute=2)).token)
+    created = await tenant.key()
+    for _ in range(5):
+        request = check_request({"x-api-key": created.token})
+        assert 0 == (await check(guarded.channel, request, metadata=gateway)).code
 
 
 async def test_counted(alone: RunningService) -> None:

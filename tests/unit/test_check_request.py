@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latchgate.domain.errors import InvalidFieldError, MalformedRequestError
-from latchgate.gateway.credentials import MAX_NEEDS, Carrier, Problem
+from latchgate.gateway.credentials import MAX_ROUTES, Carrier, Problem
 from latchgate.rpc import check_request
 from latchgate.rpc.check_request import Check, CheckReader
 from support.checks import PEER
@@ -42,6 +42,7 @@ def read(headers: Mapping[str, str], *, trusted_hops: int = 0, peer: str = PEER,
         ({"authorization": f"Bearer {TOKEN}", "x-api-key": ""}, Carrier.BEARER),
         ({"authorization": f"Bearer {TOKEN}", "x-api-key": TOKEN}, Carrier.BOTH),
         ({"authorization": "Bearer", "x-api-key": TOKEN}, Carrier.BOTH),
+        ({"authorization": 'Digest username="u", realm="r"', "x-api-key": TOKEN}, Carrier.KEY),
     ],
 )
 def test_credentials(headers: Mapping[str, str], carrier: Carrier) -> None:
@@ -64,6 +65,7 @@ def test_credentials(headers: Mapping[str, str], carrier: Carrier) -> None:
         ({"x-api-key": TOKEN, "authorization": f"Bearer {TOKEN}x"}, Problem.CONFLICT),
         ({"authorization": f"Bearer {TOKEN},Bearer {TOKEN}"}, Problem.CONFLICT),
         ({"x-api-key": f"{TOKEN},{TOKEN}"}, Problem.CONFLICT),
+        ({"x-api-key": TOKEN, "authorization": f"Basic dTpw,Bearer {TOKEN}"}, Problem.CONFLICT),
     ],
 )
 def test_no_credentials(headers: Mapping[str, str], problem: Problem) -> None:
@@ -115,6 +117,10 @@ def test_needs_of_a_route() -> None:
         ({"cost": "-1"}, "cost"),
         ({"cost": "1000001"}, "cost"),
         ({"cost": "9" * 5000}, "cost"),
+        ({"cost": ""}, "cost"),
+        ({"required_permissions": ""}, "required_permissions"),
+        ({"required_permissions": " , ,"}, "required_permissions"),
+        ({"required_permissions": "a " * 2_000_000}, "required_permissions"),
         ({"required_permission": "orders:read"}, "required_permission"),
         ({"required_permissions": "orders:read", "x": "y"}, "x"),
         ({"required_permissions": ",".join(f"p{n}" for n in range(101))}, "required_permissions"),
@@ -186,12 +192,22 @@ def test_spoofed_headers() -> None:
     assert ("x-latchgate-admin", "x-latchgate-key-id") == read(headers).spoofed
 
 
-def test_memory_of_needs_is_bounded() -> None:
-    """However many clients there are, so many are remembered and no more."""
-    reader = CheckReader()
-    for number in range(MAX_NEEDS + 10):
-        reader.read(asked({}, peer=f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}").SerializeToString())
-    assert len(reader._needs) <= MAX_NEEDS  # noqa: SLF001 - not to be seen from outside
+def test_memory_of_routes_is_bounded() -> None:
+    """However many routes there are, so many are remembered and no more, and clients are not: whatever they send."""
+    reader = CheckReader(1)
+    for number in range(MAX_ROUTES + 10):
+        reader.read(asked({}, extensions={"required_permissions": f"p{number}"}).SerializeToString())
+    for number in range(10):
+        headers = {"x-forwarded-for": f"{number}{'x' * 100_000}, 10.0.0.1"}
+        assert "" == reader.read(asked(headers, peer=f"{number}" * 1_000_000).SerializeToString()).need.client_ip
+    assert len(reader._needs) <= MAX_ROUTES  # noqa: SLF001 - not to be seen from outside
+
+
+def test_names_that_nobody_knows_are_not_repeated() -> None:
+    """What stands where a name should be may be anything, a token as well: its beginning is enough to find it."""
+    with pytest.raises(InvalidFieldError) as caught:
+        CheckReader().read(asked({}, extensions={TOKEN: "1"}).SerializeToString())
+    assert TOKEN not in caught.value.message
 
 
 def test_fields_are_envoys() -> None:

@@ -14,10 +14,10 @@ from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as keys_pb
 from latchgate.domain.model import KeyRecord, Outcome, RateState, Verdict
 from latchgate.domain.validation import Need
-from latchgate.gateway.answers import DENIALS, MAX_REMEMBERED, PROBLEMS, Remembering
+from latchgate.gateway.answers import DENIALS, MAX_REMEMBERED, MAX_SHOWN_BYTES, PROBLEMS, Remembering
 from latchgate.gateway.credentials import Carrier, Problem
 from latchgate.rpc.check_request import Check
-from latchgate.rpc.check_response import CheckWriter, refused
+from latchgate.rpc.check_response import CheckWriter, overrun, refused
 from support.checks import CheckAnswer, read_answer
 from support.records import KEY_RECORD, NOW_S
 
@@ -179,6 +179,14 @@ def test_problems(problem: Problem, error: str) -> None:
     assert f"CREDENTIALS_{problem.name}" == answer.reason
 
 
+@pytest.mark.parametrize("is_grpc", [False, True])
+def test_one_unknown_token_of_too_many(is_grpc: bool) -> None:
+    """It is a refusal with when to come back, not an error that the gateway's failure policy is asked about."""
+    answer = read_answer(pb.CheckResponse.FromString(overrun(is_grpc=is_grpc)))
+    assert (8, 429, "1") == (answer.code, answer.http, answer.headers["retry-after"])
+    assert "LOOKUP_BUDGET_EXCEEDED" == answer.metadata["outcome"]
+
+
 def test_grpc_clients() -> None:
     """A gRPC client is told in its own words: no JSON, but the code of gRPC, and the reason where its library looks."""
     answer = written(Outcome.RATE_LIMITED, RECORD, OVER, check(is_grpc=True))
@@ -208,7 +216,8 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         return record.shown
 
     remembering = Remembering(make)
-    for shown in (b"1", b"2", b"3", b"4", b"4", b"5"):
+    large = b"x" * (MAX_SHOWN_BYTES + 1)
+    for shown in (b"1", b"2", b"3", b"4", b"4", b"5", large, large):
         assert shown == remembering(replace(RECORD, shown=shown))
-    assert [b"1", b"2", b"3", b"4", b"5"] == made
+    assert [b"1", b"2", b"3", b"4", b"5", large, large] == made
     assert 3 == len(remembering.known)

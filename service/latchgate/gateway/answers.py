@@ -64,14 +64,17 @@ DENIALS: Final = {
 }
 
 UNDECIDED: Final = Denial("UNAVAILABLE", 503, "UNAVAILABLE", "the token can not be judged now; try again in a second")
+# A refusal, not what gateways take for a failure: who makes up tokens must not choose what they do without an answer.
 OVERRUN: Final = Denial(
-    "UNAVAILABLE", 503, "LOOKUP_BUDGET_EXCEEDED", "too many unknown tokens at once; try again in a second"
+    "RESOURCE_EXHAUSTED", 429, "LOOKUP_BUDGET_EXCEEDED", "too many unknown tokens at once; try again in a second"
 )
 COME_BACK: Final = {"retry-after": "1"}
 
 
 MAX_REMEMBERED: Final = 20_000
-"""Of how many keys what is told of them is remembered, some 25 MB."""
+"""Of how many keys what is told of them is remembered: some 25 MB, as keys usually are."""
+MAX_SHOWN_BYTES: Final = 1024
+"""Of keys that have more to show, with many permissions or metadata, it is made each time."""
 
 Told = TypeVar("Told")
 
@@ -89,6 +92,8 @@ class Remembering(Generic[Told]):
         """Gives what a key is told as."""
         known = self.known.get(record.shown)
         if known is None or known[0] != record.plan_id:
+            if len(record.shown) > MAX_SHOWN_BYTES:
+                return self._make(record)
             if len(self.known) >= MAX_REMEMBERED:
                 # The one that came first.
                 del self.known[next(iter(self.known))]

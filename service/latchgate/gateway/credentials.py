@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum, IntEnum
+from functools import lru_cache, partial
 from typing import Final
 
 from latchgate.domain.errors import InvalidFieldError
@@ -21,13 +23,21 @@ IDENTITY_PREFIX: Final = "x-latchgate-"
 PERMISSIONS: Final = "required_permissions"
 COST: Final = "cost"
 
-MAX_NEEDS: Final = 8192
-"""Of how many routes, and clients of theirs, it is remembered what they need."""
+MAX_ROUTES: Final = 1024
+"""Of how many kinds of routes it is remembered what they need."""
+MAX_PERMISSIONS_BYTES: Final = 12_000
+"""More than the permissions of any request take."""
+MAX_ADDRESS_BYTES: Final = 64
+MAX_NAME: Final = 30
 
-_SETTINGS: Final = frozenset((PERMISSIONS, COST))
+_SETTINGS: Final = (COST, PERMISSIONS)
 _BEARER: Final = b"bearer"
 _SPACE: Final = b" \t"
+_SEVERAL: Final = re.compile(rb",[ \t]*bearer[ \t]", re.IGNORECASE)
 _PORT: Final = re.compile(r"^(?:\[(.*)\]|([^:]*))(?::\d+)?$")
+
+# What the class itself does, without a call of Python's own for each.
+_need = partial(tuple.__new__, Need)
 
 
 class Carrier(IntEnum):
@@ -53,6 +63,8 @@ def find_token(authorization: bytes | None, key: bytes | None) -> tuple[bytes, C
     """
     token, carrier = b"", Carrier.NONE
     if authorization is not None:
+        if b"," in authorization and _SEVERAL.search(authorization):
+            return b"", Carrier.BEARER, Problem.CONFLICT
         scheme, _, rest = authorization.strip(_SPACE).replace(b"\t", b" ").partition(b" ")
         if scheme.lower() == _BEARER:
             token, carrier = rest.strip(b" "), Carrier.BEARER
@@ -77,8 +89,8 @@ class Needs:
         """
         self._place = place
         self._trusted_hops = trusted_hops
-        # By what routes say, and from where their clients come.
-        self._needs: dict[tuple[bytes | None, bytes | None, bytes], Need] = {}
+        # By what routes say.
+        self._routes: dict[tuple[bytes | None, bytes | None], Need] = {}
 
     def read(self, settings: Mapping[str, bytes], peer: bytes, forwarded: bytes | None) -> Need:
         """Reads the settings of a route, and the client's address: the peer's, unless further hops are trusted.
@@ -86,34 +98,39 @@ class Needs:
         Raises InvalidFieldError for a route that makes no sense: a slip of the pen must not open what it protects.
         """
         permissions, cost = settings.get(PERMISSIONS), settings.get(COST)
+        if len(settings) != (permissions is not None) + (cost is not None):
+            raise self._error(
+                min(set(settings).difference(_SETTINGS)), f"is not known; there are {' and '.join(_SETTINGS)}"
+            )
+        said = permissions, cost
+        need = self._routes.get(said) or self._learn(said)
         if self._trusted_hops and forwarded:
             peer = _forwarded(forwarded, self._trusted_hops) or peer
-        if len(settings) != (permissions is not None) + (cost is not None):
-            unknown = min(set(settings) - _SETTINGS)
-            raise self._error(unknown, f"is not known; there are {' and '.join(sorted(_SETTINGS))}")
-        said = permissions, cost, peer
-        need = self._needs.get(said)
-        if need is None:
-            need = self._need(permissions or b"", cost or b"1", peer)
-            if len(self._needs) >= MAX_NEEDS:
-                self._needs.clear()
-            self._needs[said] = need
-        return need
+        return _need((need.permissions, _client_ip(peer), need.cost, 0)) if len(peer) <= MAX_ADDRESS_BYTES else need
 
     def __len__(self) -> int:
-        return len(self._needs)
+        return len(self._routes)
 
-    def _need(self, permissions: bytes, cost: bytes, address: bytes) -> Need:
-        try:
-            names = re.split(r"[\s,]+", permissions.decode())
-        except UnicodeDecodeError:
-            raise self._error(PERMISSIONS, "must be permissions, such as orders:read,orders:write") from None
-        if not cost.isdigit() or len(cost) > len(str(MAX_COST)):
+    def _learn(self, said: tuple[bytes | None, bytes | None]) -> Need:
+        permissions, cost = said
+        names: list[str] = []
+        if permissions is not None:
+            with suppress(UnicodeDecodeError):
+                names = permissions[:MAX_PERMISSIONS_BYTES].decode().replace(",", " ").split()
+            if not names or len(permissions) > MAX_PERMISSIONS_BYTES:
+                raise self._error(PERMISSIONS, "must be permissions, such as orders:read,orders:write")
+        if cost is not None and not (cost.isdigit() and len(cost) <= len(str(MAX_COST))):
             raise self._error(COST, f"must be a whole number up to {MAX_COST}")
-        return Need.of([name for name in names if name], _client_ip(address), int(cost), 0)
+        need = Need.of(names, "", 1 if cost is None else int(cost), 0)
+        if len(self._routes) >= MAX_ROUTES:
+            self._routes.clear()
+        self._routes[said] = need
+        return need
 
     def _error(self, name: str, advice: str) -> InvalidFieldError:
-        return InvalidFieldError([(f"{self._place}[{name}]", advice)])
+        # A name that nobody knows may be anything, a token as well.
+        told = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..."
+        return InvalidFieldError([(f"{self._place}[{told}]", advice)])
 
 
 def _forwarded(value: bytes, hops: int) -> bytes:
@@ -125,6 +142,7 @@ def _forwarded(value: bytes, hops: int) -> bytes:
     return addresses[-hops - 1].strip() if len(addresses) > hops else b""
 
 
+@lru_cache(maxsize=8192)
 def _client_ip(address: bytes) -> str:
     """Gives an address as the rules take it; nothing for what is none, such as the path of a socket."""
     match = _PORT.match(address.decode(errors="replace"))

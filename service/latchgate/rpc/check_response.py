@@ -112,14 +112,10 @@ def undecided(status: status_pb2.Status, *, is_grpc: bool) -> bytes:
     return _written(pb.CheckResponse(status=status_pb2.Status(code=status.code), error_response=response))
 
 
-def overrun(status: status_pb2.Status, *, is_grpc: bool) -> bytes:
-    """Writes the answer to one token of too many that nobody knows.
-
-    It is a refusal: were it none, whoever makes up tokens could choose what the gateway does without an answer.
-    """
-    response = _http(OVERRUN, status, is_grpc=is_grpc)
-    response.headers.extend(_options(COME_BACK))
-    return _written(pb.CheckResponse(status=status_pb2.Status(code=status.code), denied_response=response))
+def overrun(*, is_grpc: bool) -> bytes:
+    """Writes the answer to one token of too many that nobody knows."""
+    come_back = pb.DeniedHttpResponse(headers=_options(COME_BACK))
+    return denied(OVERRUN, is_grpc=is_grpc) + _written(pb.CheckResponse(denied_response=come_back))
 
 
 def _http(denial: Denial, status: status_pb2.Status, *, is_grpc: bool) -> pb.DeniedHttpResponse:

@@ -103,6 +103,6 @@ class CheckRecall:
 def refuse(status: status_pb2.Status, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes | None:
     """Says an error in Envoy's words, where the gateway understands them; else the call ends with its status."""
     if reason_of(status) == _BUDGET:
-        return overrun(status, is_grpc=is_from_grpc(raw))
+        return overrun(is_grpc=is_from_grpc(raw))
     knows = any(name == ERROR_RESPONSE and value == "true" for name, value in context.invocation_metadata() or ())
     return undecided(status, is_grpc=is_from_grpc(raw)) if knows else None

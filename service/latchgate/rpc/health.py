@@ -28,6 +28,11 @@ class Health(health_pb2_grpc.HealthServicer):
         self._is_stopping = False
         self._changed = asyncio.Event()
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether the service can answer."""
+        return self._status == _SERVING
+
     def set_serving(self, *, is_serving: bool) -> None:
         """Tells checks and watchers whether the service can answer. Once it is stopping, it can not."""
         self._status = _SERVING if is_serving and not self._is_stopping else _NOT_SERVING

@@ -151,7 +151,7 @@ class Pipeline:
             code = grpc.StatusCode.OK
             try:
                 backend = await self._admitted()
-                caller = None if self._is_validate_open else await _identify(backend, context)
+                caller = None if self._is_validate_open else await _identify(backend, context, cost=0)
                 request = raw if refuse else parse(request_type, raw)
                 return await handler(backend.services[service], request, caller)
             except BaseException as error:
@@ -232,9 +232,10 @@ def _described(method: MethodDescriptor) -> tuple[str, str, type[Message]]:
     return method_name(method), method.containing_service.full_name, GetMessageClass(method.input_type)
 
 
-async def _identify(backend: Backend, context: Context) -> Caller:
+async def _identify(backend: Backend, context: Context, cost: int = 1) -> Caller:
+    """Finds out who calls. A gateway's own key is not charged: its limit would be one on all that it asks about."""
     client_ip = peer_address(context.peer())
-    verdict = await backend.validator.validate(_bearer_token(context), client_ip=client_ip)
+    verdict = await backend.validator.validate(_bearer_token(context), client_ip=client_ip, cost=cost)
     return caller_of(verdict, _answer_by_s(context, backend.boottime()))
 
 

@@ -7,7 +7,7 @@ answer is 200 with who the key is in headers, or the very answer that the client
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic, perf_counter
 from typing import Final
 
@@ -59,12 +59,15 @@ _log = structlog.get_logger("latchgate.web")
 class AuthEndpoint:
     """Answers gateways. Until `connect` is called it can not decide anything."""
 
-    def __init__(self, outcomes: OutcomeObserver, calls: CallObserver, trusted_hops: int) -> None:
-        """Takes who is told of outcomes and calls, and how many proxies before the gateway are trusted (see Needs)."""
+    def __init__(
+        self, outcomes: OutcomeObserver, calls: CallObserver, trusted_hops: int, is_serving: Callable[[], bool]
+    ) -> None:
+        """Takes who is told of outcomes and calls, how many proxies are trusted (see Needs), and what tells health."""
         self._outcomes = outcomes
         self._calls = calls
         self._needs = Needs("query", trusted_hops)
         self._identity = Remembering(lambda record: identity(record).headers)
+        self._is_serving = is_serving
         self._validator: Validator | None = None
         self._reminded_s = -REMIND_S
 
@@ -76,7 +79,7 @@ class AuthEndpoint:
         """Answers one request."""
         path = request.path
         if path == HEALTH_PATH:
-            return _plain(200, "ok") if self._validator else _plain(503, "starting")
+            return _plain(200, "serving") if self._is_serving() else _plain(503, "not serving")
         if path != AUTH_PATH:
             return _plain(404, f"there is {AUTH_PATH} and {HEALTH_PATH}")
         start_s, code = perf_counter(), "OK"
@@ -96,7 +99,7 @@ class AuthEndpoint:
         # Whoever connects is the gateway, which has appended whom it saw.
         need = self._needs.read(settings, forwarded.rpartition(b",")[2].strip(), forwarded)
         if problem is not None:
-            return _denied(PROBLEMS[problem], challenge(PROBLEMS[problem]))
+            return refusal(PROBLEMS[problem], challenge(PROBLEMS[problem]))
         validator = self._validator
         if validator is None:
             raise StorageUnavailableError("the service is starting and waits for its database")
@@ -112,23 +115,23 @@ class AuthEndpoint:
         if outcome is Outcome.VALID and record is not None:
             return web.Response(headers=self._identity(record) | (rate_headers(rate) if rate else {}))
         denial = DENIALS[outcome]
-        return _denied(denial, challenge(denial) | (retry_headers(rate) if rate else {}))
+        return refusal(denial, challenge(denial) | (retry_headers(rate) if rate else {}))
 
     def _failed(self, error: Exception) -> tuple[str, web.Response]:
         """Gives the code and the answer where there is no verdict."""
         if isinstance(error, LookupBudgetError):
-            return OVERRUN.status, _denied(OVERRUN, COME_BACK)
+            return OVERRUN.status, refusal(OVERRUN, COME_BACK)
         if isinstance(error, UnavailableError):
-            return UNDECIDED.status, _denied(UNDECIDED, COME_BACK)
+            return UNDECIDED.status, refusal(UNDECIDED, COME_BACK)
         if isinstance(error, InvalidFieldError):
             if monotonic() - self._reminded_s >= REMIND_S:
                 self._reminded_s = monotonic()
                 _log.warning("gateway_misconfigured", problem=error.message)
-            return "INVALID_ARGUMENT", _denied(Denial("INVALID_ARGUMENT", 500, "INVALID_FIELD", error.message), {})
+            return "INVALID_ARGUMENT", refusal(Denial("INVALID_ARGUMENT", 500, "INVALID_FIELD", error.message), {})
         incident = secrets.token_hex(4)
         _log.error("http_auth", incident=incident, error=type(error).__name__, where=where(error))
         message = f"the service failed; its log has the details under incident {incident}"
-        return "INTERNAL", _denied(Denial("INTERNAL", 500, "INTERNAL", message), {})
+        return "INTERNAL", refusal(Denial("INTERNAL", 500, "INTERNAL", message), {})
 
 
 def _value(headers: CIMultiDictProxy[str], name: str) -> bytes | None:
@@ -137,8 +140,8 @@ def _value(headers: CIMultiDictProxy[str], name: str) -> bytes | None:
     return None if values is None else ",".join(values).encode("utf-8", "surrogateescape")
 
 
-def _denied(denial: Denial, headers: Mapping[str, str]) -> web.Response:
-    """Writes a refusal. The reason stands in a header too: nginx does not read the body."""
+def refusal(denial: Denial, headers: Mapping[str, str]) -> web.Response:
+    """Writes a refusal as JSON. The reason stands in a header too: nginx does not read the body."""
     headers = {REASON: denial.reason, **headers}
     return web.Response(status=denial.http, text=body(denial), content_type="application/json", headers=headers)
 

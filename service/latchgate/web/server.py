@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Final
 
 from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
 
-from latchgate.web.auth import AuthEndpoint
+from latchgate.gateway.answers import COME_BACK, UNDECIDED, Denial
+from latchgate.web.auth import AuthEndpoint, refusal
 
-MAX_HEADER_BYTES: Final = 64 * 1024
-"""Of all headers together as of one: a gateway hands on what its client sent."""
+MAX_HEADER_BYTES: Final = 128 * 1024
+"""Of one header: more than a gateway lets through of all that its client sent."""
 MAX_HEADERS: Final = 1024
 KEEPALIVE_S: Final = 75.0
 """Longer than nginx keeps a connection by itself (60 s): the one who may use it again closes it."""
 
+UNREADABLE: Final = Denial("INVALID_ARGUMENT", 400, "MALFORMED_REQUEST", "the request can not be read")
+
 
 class HttpListenError(Exception):
     """The address can not be listened on. The message names it."""
+
+
+class _Handler(RequestHandler):
+    """Handles one connection. What can not be read is refused in our own words: aiohttp's repeat some of it."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        _exc: BaseException | None = None,
+        _message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answers what failed before it could be answered, and closes the connection."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer is under way, and can not be replaced")
+        failed = status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        response = refusal(UNDECIDED, COME_BACK) if failed else refusal(UNREADABLE, {})
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    def __call__(self) -> _Handler:
+        return _Handler(self, loop=self._loop, **self._kwargs)
 
 
 class HttpServer:
@@ -24,7 +53,7 @@ class HttpServer:
 
     def __init__(self, endpoint: AuthEndpoint, grace_s: float) -> None:
         """Takes what answers, and how many seconds requests that are under way have to finish at the end."""
-        server = web.Server(
+        server = _Server(
             endpoint.answer,
             access_log=None,
             keepalive_timeout=KEEPALIVE_S,
