@@ -40,6 +40,10 @@ class Serving(Protocol):
     def metrics_listen(self) -> str:
         """The address of its metrics."""
 
+    @property
+    def http_listen(self) -> str | None:
+        """Where gateways may ask over HTTP; None for nowhere."""
+
 
 def settings() -> Settings:
     """Reads the settings, and fills in what a try needs: quiet logs, and a root token kept in the data directory."""
@@ -90,6 +94,8 @@ async def show(found: Settings, running: Serving, *, is_new: bool) -> None:
     print(
         f"latchgate {version('latchgate')} serves {running.listen} (metrics: http://{running.metrics_listen}/metrics)"
     )
+    if running.http_listen:
+        print(f"Gateways that ask over HTTP: http://{running.http_listen}/auth")
     print(f"Data: {database}, {'new' if is_new else 'with all that was there before'}.")
     if found.tls_cert is not None:
         print("The port speaks TLS; a key's life is shown on a plain one only. Press Ctrl-C to stop.", flush=True)
