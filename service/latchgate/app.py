@@ -24,10 +24,10 @@ from latchgate.domain.errors import UnavailableError
 from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import Scope
 from latchgate.domain.organizations import OrganizationManager
-from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
 from latchgate.draining import drain
+from latchgate.limiting import SharedLimiter
 from latchgate.listening import PortError, Role, serve_metrics
 from latchgate.observability import Metrics
 from latchgate.rpc import convert
@@ -59,6 +59,7 @@ from latchgate.storage.lookups import BatchingKeyReader, find_many, lookup_link
 from latchgate.storage.migrate import migrate
 from latchgate.storage.postgres import Database
 from latchgate.storage.probe import DatabaseProbe
+from latchgate.storage.ratelimit import PostgresRateStore, forget_windows, rate_link
 from latchgate.storage.requests import RequestSealer, forget_requests
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.usage import UsageBuffer
@@ -274,14 +275,18 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:
     if root_token is not None:
         # Known from the start, so that a flood of invented foreign tokens can not keep root out.
         foreign.remember(digest(root_token), found=True)
-    parts.metrics.watch(Figures(database, parts.usage, foreign, background, coherence))
+    windows = PostgresRateStore(rate_link(dsn))
+    stack.callback(windows.close)
+    limiter = SharedLimiter(store=windows, clock=boottime, observer=parts.metrics)
+    stack.push_async_callback(limiter.close)
+    parts.metrics.watch(Figures(database, parts.usage, foreign, background, coherence, limiter))
     probe = DatabaseProbe(dsn, PROBE_TIMEOUT_S)
     stack.push_async_callback(probe.close)
     validator = Validator(
         tokens=tokens,
         keys=reader,
         memory=coherence,
-        limiter=WindowLimiter(time.monotonic),
+        limiter=limiter,
         usage=parts.usage,
         foreign=foreign,
         patience=Patience(time.monotonic),
@@ -291,10 +296,12 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:
     watch = DatabaseWatch(probe, server, parts.metrics, background, coherence, reader)
     await watch.show(is_up=True)
     background.keep("reading of the change log", membership.run())
+    background.keep("asking for rate limits", limiter.run())
     background.repeat("database watch", PROBE_INTERVAL_S, watch.look)
     background.repeat("writing of last-used times", settings.usage_flush_seconds, parts.usage.flush)
     background.repeat("clearing of request_ids", FORGET_INTERVAL_S, lambda: forget_requests(database))
     background.repeat("clearing of the change log", FORGET_INTERVAL_S, lambda: forget_changes(database))
+    background.repeat("clearing of rate limits", FORGET_INTERVAL_S, lambda: forget_windows(database))
     background.repeat("clearing of silent workers", FORGET_INTERVAL_S, effects.sweep)
     return Ready(root=root, schema_before=before, schema=schema)
 

@@ -186,6 +186,20 @@ class Metrics:
         self._lookup_seconds = Histogram(
             "latchgate_lookup_seconds", "Time of a lookup statement.", buckets=_SECONDS, registry=registry
         )
+        self._rate_statements = Counter(
+            "latchgate_rate_limit_statements",
+            "Statements to the store of rate limits: answered or error.",
+            ["result"],
+            registry=registry,
+        )
+        self._rate_asks = Counter(
+            "latchgate_rate_limit_asks", "Keys that these statements were about, each time.", registry=registry
+        )
+        self._rate_seconds = Histogram(
+            "latchgate_rate_limit_seconds", "Time of such a statement.", buckets=_SECONDS, registry=registry
+        )
+        self._exchanged = self._rate_statements.labels(result="answered")
+        self._not_exchanged = self._rate_statements.labels(result="error")
         self._readings = Counter(
             "latchgate_log_readings", "Readings of the change log, by what they led to.", ["result"], registry=registry
         )
@@ -243,6 +257,16 @@ class Metrics:
     def failed(self, size: int) -> None:
         """A statement for `size` digests was not answered."""
         self._failed.inc(size)
+
+    def exchanged(self, keys: int, seconds: float) -> None:
+        """The store of rate limits has answered for `keys` keys after `seconds`."""
+        self._exchanged.inc()
+        self._rate_asks.inc(keys)
+        self._rate_seconds.observe(seconds)
+
+    def not_exchanged(self) -> None:
+        """The store of rate limits has not answered."""
+        self._not_exchanged.inc()
 
     def reading(self, result: Reading, changes: int) -> None:
         """The log of changes was read."""

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from latchgate.background import Background
 from latchgate.domain.coherence import Coherence
 from latchgate.domain.validation import ForeignLookupBudget
+from latchgate.limiting import SharedLimiter
 from latchgate.observability import Metrics
 from latchgate.rpc.server import RpcServer
 from latchgate.storage.lookups import BatchingKeyReader
@@ -82,8 +83,10 @@ class Figures(Collector):
         foreign: ForeignLookupBudget,
         background: Background,
         coherence: Coherence,
+        limiter: SharedLimiter,
     ) -> None:
         """Takes what to read. It may be read by any thread."""
+        self._limiter = limiter
         self._loop = asyncio.get_running_loop()
         self._coherence = coherence
         self._database = database
@@ -111,6 +114,7 @@ class Figures(Collector):
         )
         yield GaugeMetricFamily("latchgate_tasks", "Tasks of the event loop.", len(asyncio.all_tasks(self._loop)))
         yield from self._memory()
+        yield from self._limits()
         failures = CounterMetricFamily(
             "latchgate_background_failures",
             "Work beside the calls that ended with an error which nobody expected; the log has it as work_failed.",
@@ -119,6 +123,20 @@ class Figures(Collector):
         for work, count in self._background.failures.items():
             failures.add_metric([work], count)
         yield failures
+
+    def _limits(self) -> Iterable[Metric]:
+        limiter = self._limiter
+        yield GaugeMetricFamily(
+            "latchgate_rate_limits_local",
+            "Whether each worker keeps rate limits by itself, because their store is away (1), or not (0).",
+            int(limiter.allotments.is_alone),
+        )
+        yield GaugeMetricFamily(
+            "latchgate_rate_limit_keys", "Keys whose rate limit is known here.", len(limiter.allotments)
+        )
+        yield CounterMetricFamily(
+            "latchgate_rate_limit_waits", "Calls that waited for the store of rate limits.", limiter.waits
+        )
 
     def _memory(self) -> Iterable[Metric]:
         coherence = self._coherence

@@ -17,7 +17,7 @@ from latchgate.storage.migrate import SchemaError, check_server, migrate
 from latchgate.storage.postgres import Connection
 from support.databases import connected, fault_proxy, started_and_waiting
 
-HEAD = "0002"
+HEAD = "0003"
 TABLES = {
     "alembic_version",
     "change_log",
@@ -26,6 +26,7 @@ TABLES = {
     "last_used",
     "organization",
     "plan",
+    "rate_window",
     "request",
     "secret",
     "worker",

@@ -54,6 +54,11 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "SECRET_IS_GOOD_ROOT": ("bytea", {"exists"}),
     "SECRET_FIND": ("bytea[]", {"now_s", "revision", "digest", *FOUND_COLUMNS}),
     "LAST_USED_UPDATE": ("int8[] float8[]", set()),
+    "RATE_EXCHANGE": (
+        "text[] int4[] int4[] int4[] int4[] int4[] int8[] int4[]",
+        {"workers", "key_id", "granted", "slot", "ages", "costs", "used", "now_s"},
+    ),
+    "RATE_FORGET": ("int8", set()),
     "ORGANIZATION_GET": ("text", ORGANIZATION_COLUMNS),
     "ORGANIZATION_LOCK": ("text", {"?column?"}),
     "ORGANIZATION_LIST": ("text int8", ORGANIZATION_COLUMNS),

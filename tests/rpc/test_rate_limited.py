@@ -44,7 +44,7 @@ async def test_reset_time(acme: Tenant) -> None:
         answer = await acme.service.validate(created.token)
         reset_time = answer.rate_limit.reset_time.ToDatetime(tzinfo=UTC)
         assert outcome == outcome_of(answer)
-        assert before < reset_time <= datetime.now(UTC) + timedelta(seconds=62)
+        assert before < reset_time <= datetime.now(UTC) + timedelta(seconds=63)
 
 
 async def test_cost_beyond_the_limit(acme: Tenant) -> None:

@@ -8,7 +8,6 @@ from typing import Any, Final
 from latchgate.domain.cache import KeyCache
 from latchgate.domain.coherence import CLOCK_DRIFT, Coherence, LeaseTerms, Reading
 from latchgate.domain.model import KeyIdentity, Lookup
-from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
 from latchgate.storage.coherence import Membership
 from latchgate.storage.effects import EffectPoller
@@ -17,6 +16,7 @@ from latchgate.storage.lookups import BatchingKeyReader, find_many, lookup_link
 from simulation.database import FORMAT, Database
 from simulation.network import Path
 from simulation.world import WorkerLoop, World
+from support.limits import CountingAlone
 
 LINK_TIMEOUT_S: Final = 0.5
 
@@ -66,7 +66,7 @@ class Worker:
             tokens=FORMAT,
             keys=self.reader,
             memory=self.coherence,
-            limiter=WindowLimiter(self.loop.time),
+            limiter=CountingAlone(self.loop.time),
             usage=self,
             foreign=ForeignLookupBudget(self.loop.time),
             patience=Patience(self.loop.time),

@@ -20,10 +20,10 @@ from latchgate.domain.errors import (
     StorageUnavailableError,
 )
 from latchgate.domain.model import Environment, KeyRecord, KeyType, Lookup, Outcome, RateState, Verdict
-from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.rules import normal_cidrs
 from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.validation import ForeignLookupBudget, Need, Patience, Validator, fingerprint
+from support.limits import CountingAlone
 from support.records import INSTANT_S, KEY_RECORD, NOW_S, ManualClock, bound_to, granting
 
 CONTRACT = Path(__file__).parents[2] / "protos/apikeys/v1/key_service.proto"
@@ -86,9 +86,21 @@ class ScriptedLimiter:
     def __init__(self) -> None:
         self.asked: list[tuple[str, int, int]] = []
         self.allowed = True
+        # How often it can not say, and what is waited for then.
+        self.hesitations = 0
+        self.waited: list[tuple[str, int, int]] = []
+        self.meanwhile: Callable[[], None] = lambda: None
 
-    def take(self, key_id: str, limit: int, cost: int) -> RateState:
+    async def wait(self, key_id: str, limit: int, cost: int) -> None:
+        """Comes back when what happens meanwhile has happened."""
+        self.waited.append((key_id, limit, cost))
+        self.meanwhile()
+
+    def take(self, key_id: str, limit: int, cost: int) -> RateState | None:
         """Answers with a state of the scripted kind."""
+        if self.hesitations:
+            self.hesitations -= 1
+            return None
         self.asked.append((key_id, limit, cost))
         return RateState(allowed=self.allowed, limit=limit, remaining=3, reset_after_s=4)
 
@@ -305,6 +317,45 @@ async def test_rate_limited_says_when_to_come_back() -> None:
     assert RateState(allowed=False, limit=60, remaining=3, reset_after_s=4) == verdict.rate
 
 
+async def test_waiting_for_the_limiter() -> None:
+    """Where the limiter can not say, it is waited for and asked again, as often as it takes; the call counts once."""
+    scene = scene_of()
+    scene.limiter.hesitations = 2
+    verdict = await scene.validator.validate(TOKEN, required_permissions=NEEDED, client_ip=CLIENT_IP, cost=5)
+    assert Outcome.VALID is verdict.outcome
+    assert [(RECORD.key_id, 60, 5)] * 2 == scene.limiter.waited
+    assert [(RECORD.key_id, 60, 5)] == scene.limiter.asked
+    assert [(RECORD.secret_id, NOW_S)] == scene.usage.recorded
+
+
+@pytest.mark.parametrize("outcome", AFFLICTIONS)
+async def test_keys_that_change_while_the_limiter_is_waited_for(outcome: Outcome) -> None:
+    """A key that is ended or restricted while its call waits for the limiter is judged as it is then, from what memory
+    or the database says then; and the call that is refused is not charged.
+    """
+    for is_in_memory in (False, True):
+        scene = scene_of()
+        scene.limiter.hesitations = 1
+        scene.memory.known = Lookup(RECORD, NOW_S, REVISION) if is_in_memory else None
+
+        def change(scene: Scene = scene) -> None:
+            scene.memory.known = None
+            scene.put(AFFLICTIONS[outcome](RECORD))
+
+        scene.limiter.meanwhile = change
+        assert outcome is (await scene.validate()).outcome
+        assert ([], []) == (scene.limiter.asked, scene.usage.recorded)
+
+
+def test_nothing_is_recalled_that_the_limiter_can_not_say() -> None:
+    """Memory that lacks what the limiter has to ask for is not taken for a yes, nor for a no."""
+    scene = Scene()
+    scene.memory.known = Lookup(RECORD, NOW_S, REVISION)
+    scene.limiter.hesitations = 1
+    assert scene.validator.recall(TOKEN.encode(), Need.of(NEEDED, CLIENT_IP, 1, 0)) is None
+    assert ([], []) == (scene.limiter.asked, scene.usage.recorded)
+
+
 async def test_with_the_real_limiter() -> None:
     """A key is good for its limit a minute, and is so again when the time has come that it was told."""
     clock = ManualClock()
@@ -313,7 +364,7 @@ async def test_with_the_real_limiter() -> None:
         tokens=TOKENS,
         keys=scene.reader,
         memory=scene.memory,
-        limiter=WindowLimiter(clock),
+        limiter=CountingAlone(clock),
         usage=scene.usage,
         foreign=ForeignLookupBudget(clock),
         patience=Patience(clock),

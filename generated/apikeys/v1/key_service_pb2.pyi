@@ -954,7 +954,7 @@ class RateLimit(_message.Message):
     limit: _builtins.int
     """Requests that any minute is good for."""
     remaining: _builtins.int
-    """Requests that are left now."""
+    """Requests that are left now, as far as the worker that answers has heard of what others have admitted."""
     @_builtins.property
     def reset_time(self) -> _timestamp_pb2.Timestamp:
         """When all of the limit is to be had again if nothing is used until then; after RATE_LIMITED, when the refused request

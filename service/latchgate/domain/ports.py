@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from latchgate.domain.model import (
@@ -50,8 +50,62 @@ class KeyMemory(Protocol):
 class Limiter(Protocol):
     """Keeps keys within their rate limits."""
 
-    def take(self, key_id: str, limit: int, cost: int) -> RateState:
-        """Charges `cost` if it fits within `limit` requests a minute; a refused cost is not charged."""
+    def take(self, key_id: str, limit: int, cost: int) -> RateState | None:
+        """Charges `cost` if it fits within `limit` requests a minute; a refused cost is not charged.
+
+        None, and nothing is charged, if memory can not say: then `wait` comes first.
+        """
+
+    async def wait(self, key_id: str, limit: int, cost: int) -> None:
+        """Waits until `take` may know more. Charges nothing, and never fails."""
+
+
+class RateAsk(NamedTuple):
+    """What a worker tells and asks of one key's window, whose cost may be `limit` in all.
+
+    First `back` permits of `slot` are given back, then `charged` is charged, be it beyond the limit: it was admitted
+    already. Then permits are asked for: `wanted` of them, nothing if there are less than `least`, and more than a part
+    of what is left only if it is for the `needed` ones, for which there are requests.
+    """
+
+    key_id: str
+    limit: int
+    charged: int
+    least: int
+    needed: int
+    wanted: int
+    slot: int
+    back: int
+
+
+class RateTold(NamedTuple):
+    """How many permits were granted, to which slot they were charged, and what the window holds with them.
+
+    `leaves` says after how many seconds which cost leaves the window, the soonest first. It is empty where there is
+    more left than was wanted.
+    """
+
+    granted: int
+    slot: int
+    used: int
+    leaves: Sequence[tuple[float, int]]
+
+
+class RateAnswer(NamedTuple):
+    """What was told of each key, and how many workers there are."""
+
+    workers: int
+    told: Mapping[str, RateTold]
+
+
+class RateStore(Protocol):
+    """Holds the windows that all workers share."""
+
+    async def exchange(self, asks: Sequence[RateAsk]) -> RateAnswer:
+        """Does what is asked, for each key in one step; a key comes once. Raises StorageUnavailableError.
+
+        If it raises, some of it or all of it may have been done.
+        """
 
 
 class UsageRecorder(Protocol):

@@ -4,7 +4,8 @@ The window is made of one-second slots (the sliding-window-counter family, witho
 admitted when the cost of the newest 61 slots and its own stay within the limit. 61 slots always span the last 60
 seconds, so no sliding minute admits more than the limit; under constant overload at least 60/61 of it is admitted.
 
-One worker's memory is one limit. A limit shared by several workers is another implementation of the same port.
+This is a limit of one process: what each worker keeps to by itself while the store of the limits that all share
+(latchgate.domain.allotments) is away.
 """
 
 from __future__ import annotations
@@ -96,6 +97,23 @@ class WindowLimiter:
         # A cost beyond the limit never fits: whoever comes back nonetheless is kept from doing so at once.
         reset_after_s = WINDOW_SLOTS if cost > limit else window.seconds_until(limit - cost)
         return _state((False, limit, max(limit - window.used, 0), reset_after_s))
+
+    def charge(self, key_id: str, cost: int) -> None:
+        """Charges what was used elsewhere, whatever the limit."""
+        window = self._at_now(key_id)
+        window.used += cost
+        window.cost += cost
+
+    def used(self, key_id: str) -> int:
+        """Says what a key has used within the window."""
+        return self._at_now(key_id).used
+
+    def _at_now(self, key_id: str) -> _Window:
+        now = int(self._monotonic())
+        window = self._windows.get(key_id) or self._open(key_id, now)
+        if window.slot != now:
+            window.move_to(now)
+        return window
 
     def _open(self, key_id: str, now: int) -> _Window:
         """Begins to count for a key; makes room for it first."""

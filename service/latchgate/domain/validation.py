@@ -148,6 +148,7 @@ class Validator:
         self._keys = keys
         self._memory = memory
         self._limiter = limiter
+        self._take = limiter.take
         self._usage = usage
         self._foreign = foreign
         self._patience = patience
@@ -189,20 +190,26 @@ class Validator:
     async def _validate(self, token: str, need: Need, only_organization_id: str) -> Verdict:
         if not may_be_token(token):
             return _UNTOLD
-        # What is in memory had a right tag when it came there.
-        lookup = self._memory.find(fingerprint(token.encode()), need.min_revision)
-        if lookup is None:
-            form = self._tokens.recognise(token)
-            if form is Form.IMPOSSIBLE:
-                return _UNTOLD
-            lookup = await self._look_up(token, form)
-        if lookup.revision < need.min_revision:
-            raise RevisionUnknownError(
-                f"min_revision {need.min_revision} was never given out: the newest change is {lookup.revision}"
-            )
-        if only_organization_id and lookup.record and lookup.record.organization_id != only_organization_id:
-            return Verdict(outcome=Outcome.NOT_FOUND, revision=lookup.revision)
-        return self._judge(lookup, need)
+        while True:
+            # What is in memory had a right tag when it came there.
+            lookup = self._memory.find(fingerprint(token.encode()), need.min_revision)
+            if lookup is None:
+                form = self._tokens.recognise(token)
+                if form is Form.IMPOSSIBLE:
+                    return _UNTOLD
+                lookup = await self._look_up(token, form)
+            if lookup.revision < need.min_revision:
+                raise RevisionUnknownError(
+                    f"min_revision {need.min_revision} was never given out: the newest change is {lookup.revision}"
+                )
+            record = lookup.record
+            if record is None or (only_organization_id and record.organization_id != only_organization_id):
+                return Verdict(outcome=Outcome.NOT_FOUND, revision=lookup.revision)
+            verdict = self._judge(lookup, need)
+            if verdict is not None:
+                return verdict
+            # Nothing is charged yet, and meanwhile the key may change: all is judged anew.
+            await self._limiter.wait(record.key_id, record.rate_limit_per_minute, need.cost)
 
     async def _look_up(self, token: str, form: Form) -> Lookup:
         """Asks storage, and keeps what it says."""
@@ -223,7 +230,8 @@ class Validator:
             self._memory.keep(known_by, lookup, sent_s=sent_s)
         return lookup
 
-    def _judge(self, lookup: Lookup, need: Need) -> Verdict:
+    def _judge(self, lookup: Lookup, need: Need) -> Verdict | None:
+        """Judges what is known of a token; None if the limiter has to be waited for."""
         record, now_s, revision = lookup
         if record is None:
             return Verdict(Outcome.NOT_FOUND, revision)
@@ -235,7 +243,9 @@ class Validator:
         elif not need.permissions <= record.grants.exact and record.grants.lacking(need.permissions) is not None:
             outcome = Outcome.PERMISSION_DENIED
         elif record.rate_limit_per_minute:
-            rate = self._limiter.take(record.key_id, record.rate_limit_per_minute, need.cost)
+            rate = self._take(record.key_id, record.rate_limit_per_minute, need.cost)
+            if rate is None:
+                return None
             if not rate.allowed:
                 outcome = Outcome.RATE_LIMITED
         if outcome is _VALID:

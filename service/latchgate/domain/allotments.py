@@ -1,0 +1,245 @@
+"""Rate limits that all workers share: permits taken from shared windows in advance, and used from memory.
+
+For each key the store (latchgate.domain.ports.RateStore) holds one sliding window of one-second slots, as
+latchgate.domain.ratelimit does for one process. A worker takes permits from it in small, expiring allotments; a request
+is admitted by using one up, without a word to the store. Such leases of a quota are known from Doorman
+(https://github.com/youtube/doorman, which leases rates); here it is permits that are leased, so that the bound is one
+of counting:
+
+- A permit is charged to the slot in which it is granted, and may be used until LIFE_S after it was asked for. So a
+  request is admitted less than 2 seconds after its slot began, and WINDOW_SLOTS = 62 slots always cover a sliding
+  minute: of what is granted never more than the limit is admitted within one, and at least 60/62 of the limit is under
+  constant overload. Unused permits go back to the slot that they were taken from.
+- A worker that has no permits, and was not told that the window is full, admits one request on debt rather than have it
+  wait, and reports it soon; the store charges it even beyond the limit. Until it is reported there is no second one,
+  and after one that went beyond the limit there is none for a whole window. So each worker adds at most one request to
+  what the limit lets through in a minute.
+- Of STANDING_PART of the limit, shared out among the workers, the store is never told, so that keys which are far from
+  their limits cost it nothing. So no sliding minute admits more than 1.05 of the limit, and one for each worker.
+- Whoever is told that the window is full is told when what leaves it, and refuses from memory until then.
+
+While the store is away each worker keeps a fair share of the limit by a window of its own.
+
+The store's clock makes the slots; a worker's clock only measures how long ago it asked. Clocks are never compared.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import ceil
+from typing import Final
+
+from latchgate.domain.model import RateState
+from latchgate.domain.ports import RateAnswer, RateAsk
+from latchgate.domain.ratelimit import MAX_CHANCES, MAX_KEYS, WindowLimiter
+from latchgate.domain.shares import NEVER, WINDOW_SLOTS, Share
+
+# How old what is known may be to tell where a key stands.
+FRESH_S: Final = 1.0
+
+# What the class itself does, without a call of Python's own for each.
+_state = partial(tuple.__new__, RateState)
+
+
+class Allotments:
+    """What a worker holds of all keys: at most `max_keys`, and those that there is something to report of.
+
+    Says None where memory can not say; `need` then has the store asked.
+    """
+
+    def __init__(self, clock: Callable[[], float], max_keys: int = MAX_KEYS) -> None:
+        """Takes a clock in seconds that never goes back, and goes on while the machine is suspended."""
+        self._clock = clock
+        self._max_keys = max_keys
+        self._shares: OrderedDict[str, Share] = OrderedDict()
+        self._find = self._shares.get
+        self._active: dict[str, Share] = {}
+        self._alone = WindowLimiter(clock, max_keys)
+        self._lost_s = NEVER
+        # How many workers share the limits, as the store has last told.
+        self.workers = 1
+        # Whether each worker counts for itself, because the store is away.
+        self.is_alone = False
+
+    def __len__(self) -> int:
+        return len(self._shares)
+
+    def take(self, key_id: str, limit: int, cost: int) -> RateState | None:
+        """Charges `cost` to the key if it fits within `limit` requests a minute; a refused cost is not charged.
+
+        None, and nothing is charged, if only the store can say. Nearly all calls end in the first lines.
+        """
+        now_s = self._clock()
+        share = self._find(key_id)
+        if share is not None and share.left >= cost and share.until_s > now_s:
+            used = share.used + cost
+            if used <= limit:
+                share.used = used
+                share.left -= cost
+                return _state((True, limit, limit - used, WINDOW_SLOTS))
+        return self._look_closely(share or self._open(key_id, now_s), limit, cost, now_s)
+
+    def _look_closely(self, share: Share, limit: int, cost: int, now_s: float) -> RateState | None:
+        if limit != share.limit:
+            share.limit = limit
+            share.lacking = 0
+        share.age(now_s)
+        if cost > share.left:
+            share.stand(limit, self.workers, now_s)
+        if cost <= share.left and cost and share.used + cost <= limit:
+            share.used += cost
+            share.left -= cost
+            return _state((True, limit, limit - share.used, WINDOW_SLOTS))
+        if self.is_alone:
+            return self._take_alone(share, limit, cost)
+        if not cost or cost > limit:
+            return _tell(share, limit, cost, now_s)
+        share.cost = cost
+        if 0 < share.lacking <= cost or share.is_short_of(cost, limit):
+            return self._refuse(share, limit, cost, now_s)
+        return self._take_on_debt(share, limit, cost, now_s)
+
+    def _take_on_debt(self, share: Share, limit: int, cost: int, now_s: float) -> RateState | None:
+        """Admits one request that will be reported, unless another one is to be, or the store has to be asked."""
+        if cost > 1 or share.debt or share.waiting or now_s < share.free_after_s or share.used >= limit:
+            return None
+        share.debt = 1
+        share.used += 1
+        self._activate(share)
+        return _state((True, limit, limit - share.used, WINDOW_SLOTS))
+
+    def _refuse(self, share: Share, limit: int, cost: int, now_s: float) -> RateState:
+        share.lacking = min(cost, share.lacking or cost)
+        share.refused += cost
+        self._activate(share)
+        return _state((False, limit, max(limit - share.used, 0), share.fits_after_s(cost, limit, now_s)))
+
+    def _take_alone(self, share: Share, limit: int, cost: int) -> RateState:
+        """Keeps the worker's fair share, in which at least one request fits."""
+        if share.lost_s != self._lost_s:
+            share.lost_s = self._lost_s
+            # Of what was used before, its part.
+            self._alone.charge(share.key_id, ceil(share.used / self.workers))
+        part = max(limit // self.workers, min(cost, limit), 1)
+        allowed, _, remaining, reset_after_s = self._alone.take(share.key_id, part, cost)
+        if allowed and cost:
+            share.debt += cost
+            share.used += cost
+            self._activate(share)
+        return _state((allowed, limit, remaining, reset_after_s))
+
+    def need(self, key_id: str, limit: int, cost: int) -> None:
+        """Has the store asked for a request that waits for it."""
+        share = self._find(key_id) or self._open(key_id, self._clock())
+        share.limit = limit
+        share.is_looked_at = True
+        if cost:
+            share.waiting += cost
+            share.least = min(cost, share.least or cost)
+        self._activate(share)
+
+    def asks(self, key_ids: Sequence[str] | None = None) -> list[RateAsk]:
+        """Says what the store is to be told and asked now: of these keys, or of all of which there is something."""
+        now_s = self._clock()
+        active = self._active
+        shares = list(active.values()) if key_ids is None else [active[each] for each in key_ids if each in active]
+        asks = []
+        for share in shares:
+            ask = share.ask(now_s)
+            if ask is not None:
+                asks.append(ask)
+            elif not share.left and not share.lacking:
+                self._deactivate(share)
+        return asks
+
+    def hear(self, asks: Sequence[RateAsk], answer: RateAnswer, sent_s: float) -> None:
+        """Takes note of what the store has answered to a statement that was sent at `sent_s` of the clock."""
+        now_s = self._clock()
+        self.workers = max(answer.workers, 1)
+        for ask in asks:
+            told = answer.told.get(ask.key_id)
+            if told is not None:
+                self._shares[ask.key_id].hear(ask, told, sent_s, now_s)
+
+    def lose(self) -> None:
+        """Takes note that the store is away: from now on each worker counts for itself."""
+        self.is_alone = True
+        self._lost_s = self._clock()
+        for share in self._active.values():
+            share.waiting = share.refused = share.least = share.lacking = 0
+            share.is_looked_at = False
+
+    def regain(self, answer: RateAnswer) -> None:
+        """Takes note that the store is back: what was admitted meanwhile, and still counts, is to be charged."""
+        self.workers = max(answer.workers, 1)
+        self.is_alone = False
+        for share in self._active.values():
+            self._forget_old_debt(share)
+            # It may be another store, which knows nothing of these slots.
+            share.backs.clear()
+            share.leaves.clear()
+            share.used = share.used_before = share.debt
+
+    def forget_old_debts(self) -> None:
+        """Lets go of what was admitted too long ago to count, while the store is away."""
+        for share in list(self._active.values()):
+            self._forget_old_debt(share)
+            if not share.debt:
+                self._deactivate(share)
+
+    def _forget_old_debt(self, share: Share) -> None:
+        if share.lost_s == self._lost_s:
+            share.debt = min(share.debt, self._alone.used(share.key_id))
+
+    def farewell(self) -> Iterator[list[RateAsk]]:
+        """Says what is to be reported and given back before the worker goes, a statement's worth at a time."""
+        for share in self._active.values():
+            share.expire()
+        while asks := self.asks():
+            yield asks
+
+    def _activate(self, share: Share) -> None:
+        if not share.is_active:
+            share.is_active = True
+            self._active[share.key_id] = share
+
+    def _deactivate(self, share: Share) -> None:
+        share.is_active = False
+        del self._active[share.key_id]
+
+    def _open(self, key_id: str, now_s: float) -> Share:
+        """Begins to count for a key; makes room for it first.
+
+        The one goes that came first of those that were not used since they were last looked at (CLOCK, as in
+        latchgate.domain.cache). What there is something to report of stays: of that there is no more than what comes in
+        a minute.
+        """
+        shares = self._shares
+        if len(shares) >= self._max_keys:
+            idle = None
+            for _ in range(MAX_CHANCES):
+                oldest, share = next(iter(shares.items()))
+                if not share.is_active:
+                    idle = idle or oldest
+                    if share.seen == share.used:
+                        idle = oldest
+                        break
+                share.seen = share.used
+                shares.move_to_end(oldest)
+            if idle is not None:
+                del shares[idle]
+        share = shares[key_id] = Share(key_id, now_s)
+        return share
+
+
+def _tell(share: Share, limit: int, cost: int, now_s: float) -> RateState | None:
+    """Answers what charges nothing: a cost of 0, if enough is known, and one that never fits."""
+    remaining = max(limit - share.used, 0)
+    if cost:
+        # Whoever comes back nonetheless is kept from doing so at once.
+        return _state((False, limit, remaining, WINDOW_SLOTS))
+    if now_s - share.told_s > FRESH_S:
+        return None
+    return _state((True, limit, remaining, share.empty_after_s(now_s)))

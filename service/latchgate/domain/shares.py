@@ -1,0 +1,244 @@
+"""What one worker holds and knows of one key's shared window; latchgate.domain.allotments says what for."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Final
+
+from latchgate.domain.ports import RateAsk, RateTold
+
+NEVER: Final = float("-inf")
+
+WINDOW_SLOTS: Final = 62
+# Less than a second by what clocks may go apart, and by what a minute may be longer by one than by the other.
+LIFE_S: Final = 0.95
+# For how long permits are asked for in advance, and how much of that is left when more are asked for.
+AHEAD_S: Final = 0.5
+REFILL_AT: Final = 0.4
+# Keys that are asked for less often than about once a second need no permits: each request finds the last one reported.
+LEAST_AHEAD: Final = 0.5
+# Over what span the demand for a key is averaged, and the shortest one that it is told from.
+SPAN_S: Final = 0.5
+SHORTEST_S: Final = 0.05
+# How often a full window is looked at again while requests are refused: others may have given permits back.
+LOOK_AGAIN_S: Final = 0.35
+# Below so many requests a second none is asked for ahead of them while a window is nearly full.
+STEADY: Final = 4.0
+
+
+# What part of a limit the workers may let through together without telling the store of it. Half of it is for each
+# window of the clock's: of two that a minute touches it is the whole.
+STANDING_PART: Final = 0.05
+# Stands for the slot of permits that were never taken from one.
+_NOWHERE: Final = -1
+
+
+class _Layer:
+    """Permits of one grant that are not used up: their slot, how many, and until when they may be used."""
+
+    __slots__ = ("count", "slot", "until_s")
+
+    def __init__(self, slot: int, count: int, until_s: float) -> None:
+        self.slot = slot
+        self.count = count
+        self.until_s = until_s
+
+
+class Share:
+    """The state is open to latchgate.domain.allotments, whose usual path is too short for calls."""
+
+    __slots__ = (
+        "asked_s", "backs", "block", "cost", "debt", "free_after_s", "is_active", "is_looked_at", "key_id", "lacking",
+        "layers", "least", "leaves", "left", "limit", "lost_s", "rate", "refused", "seen", "told_s", "until_s", "used",
+        "used_before", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, key_id: str, now_s: float) -> None:
+        """Begins with nothing."""
+        self.key_id = key_id
+        self.limit = 0
+        # Permits that may be used until `until_s`; of which grants they are, `layers` tells, the oldest first.
+        self.left = 0
+        self.until_s = NEVER
+        self.layers: list[_Layer] = []
+        # Permits that have expired, by slot.
+        self.backs: list[tuple[int, int]] = []
+        # For which window of the clock's it was given standing permits.
+        self.block = -1
+        # What the window holds as far as is known, less what is left here, and with what was not reported.
+        self.used = 0
+        # What was admitted without a permit and not reported, and when that may be done again.
+        self.debt = 0
+        self.free_after_s = NEVER
+        self.told_s = NEVER
+        # If the window was short of permits when that was told: when which cost leaves it, the soonest first.
+        self.leaves: list[tuple[float, int]] = []
+        # What waits for the store since it was asked, and the cheapest of it.
+        self.waiting = 0
+        self.least = 0
+        self.is_looked_at = False
+        # What was refused lately, and the cheapest request for which the next tick is to ask permits; 0 if for none.
+        self.refused = 0
+        self.lacking = 0
+        # What a request costs, as the last one did that was looked at closely.
+        self.cost = 1
+        # Demand in permits a second, and from when and from what `used` it is told next.
+        self.rate = 0.0
+        # As if it had not been asked for lately: one request is no reason to expect another soon.
+        self.asked_s = now_s - 2.0
+        self.used_before = 0
+        # Whether there is, or may soon be, something to ask or to report.
+        self.is_active = False
+        # What `used` was when this was last looked at for being forgotten.
+        self.seen = -1
+        # Which time that the store was lost its part of a local window was begun for.
+        self.lost_s = NEVER
+
+    def age(self, now_s: float) -> None:
+        """Takes account of what has left the window, and of permits that have expired."""
+        leaves = self.leaves
+        while leaves and leaves[0][0] <= now_s:
+            self._lower(leaves.pop(0)[1])
+        if now_s - self.told_s > WINDOW_SLOTS:
+            # At least as old is all of it.
+            leaves.clear()
+            self._lower(self.used - self.debt)
+        if self.layers:
+            self.settle(now_s)
+
+    def _lower(self, gone: int) -> None:
+        """Lowers what is used, by no more than is not this worker's own news."""
+        gone = min(gone, self.used - self.debt)
+        self.used -= gone
+        self.used_before -= gone
+
+    def settle(self, now_s: float) -> None:
+        """Finds out of which grants the permits are that are left; those that have expired are to be given back."""
+        used_up = sum(layer.count for layer in self.layers) - self.left
+        good = []
+        for layer in self.layers:
+            part = min(used_up, layer.count)
+            used_up -= part
+            layer.count -= part
+            if layer.count and layer.until_s > now_s:
+                good.append(layer)
+            elif layer.count:
+                self.left -= layer.count
+                if layer.slot != _NOWHERE:
+                    self.backs.append((layer.slot, layer.count))
+        self.layers = good
+        self.until_s = good[0].until_s if good else NEVER
+
+    def stand(self, limit: int, workers: int, now_s: float) -> None:
+        """Takes the permits of which the store is never told, once for each window of the clock's."""
+        block = int(now_s // WINDOW_SLOTS)
+        if block != self.block:
+            self.block = block
+            count = int(limit * STANDING_PART / 2) // workers
+            if count:
+                # The last ones to be used: they last longest.
+                self.layers.append(_Layer(_NOWHERE, count, (block + 1.0) * WINDOW_SLOTS))
+                self.left += count
+                self.settle(now_s)
+
+    def _standing(self) -> int:
+        """Gives how many permits are left of which the store is not told; to be asked after `settle`."""
+        last = self.layers[-1] if self.layers else None
+        return last.count if last is not None and last.slot == _NOWHERE else 0
+
+    def is_short_of(self, cost: int, limit: int) -> bool:
+        """Says whether it is known that there is no room for a cost; to be asked after `age`."""
+        return bool(self.leaves) and self.used + cost > limit
+
+    def fits_after_s(self, cost: int, limit: int, now_s: float) -> int:
+        """Says after how many seconds there is room for a cost, as far as is known; at least one."""
+        used = self.used
+        for time_s, gone in self.leaves:
+            used -= gone
+            if used + cost <= limit:
+                return max(ceil(time_s - now_s), 1)
+        return 1
+
+    def empty_after_s(self, now_s: float) -> int:
+        """Says after how many seconds nothing is used any more, if nothing is added."""
+        if not self.used:
+            return 0
+        return ceil(self.leaves[-1][0] - now_s) if self.leaves and not self.debt else WINDOW_SLOTS
+
+    def ask(self, now_s: float) -> RateAsk | None:
+        """Says what the store is to be told and asked, if there is anything."""
+        self.age(now_s)
+        self._tell_rate(now_s)
+        needed, wanted = self._wanted(now_s)
+        least = max((self.least or self.lacking or self.cost) - self.left, 1)
+        is_looked_at, self.is_looked_at = self.is_looked_at or bool(self.waiting), False
+        self.waiting = self.least = 0
+        if not (wanted or self.debt or self.backs or is_looked_at):
+            return None
+        slot, back = self.backs.pop() if self.backs else (0, 0)
+        return RateAsk(self.key_id, self.limit, self.debt, least, needed, wanted, slot, back)
+
+    def _tell_rate(self, now_s: float) -> None:
+        span_s = max(now_s - self.asked_s, SHORTEST_S)
+        demand = (self.used - self.used_before + self.refused + self.waiting) / span_s
+        if self.waiting and demand > self.rate:
+            self.rate = demand
+        else:
+            self.rate += (demand - self.rate) * min(span_s / SPAN_S, 1.0)
+        self.asked_s = now_s
+        self.used_before = self.used
+        self.refused = 0
+
+    def _wanted(self, now_s: float) -> tuple[int, int]:
+        """Says how many permits are needed now, and how many are wanted."""
+        stock = self.rate * AHEAD_S
+        stock = ceil(stock / self.cost) * self.cost if stock >= LEAST_AHEAD * self.cost else 0
+        stock = min(stock, self.limit)
+        if self.waiting:
+            needed = max(min(self.waiting, self.limit) - self.left, 0)
+            return needed, max(needed, stock - self.left) if needed else 0
+        if self.leaves and self.rate < STEADY * self.cost:
+            # Few requests, for which few permits are left: each asks for itself, and none lies idle.
+            self.lacking = 0
+            return 0, 0
+        least = self.lacking or self.cost
+        if self.left >= least:
+            self.lacking = 0
+        is_full = self.is_short_of(least, self.limit)
+        if self.lacking:
+            if is_full and now_s - self.told_s < LOOK_AGAIN_S:
+                return 0, 0
+            return least - self.left, max(least, stock) - self.left
+        if is_full or self.left > stock * REFILL_AT:
+            return 0, 0
+        return 0, max(stock - self.left, 0)
+
+    def expire(self) -> None:
+        """Makes all permits ones that are to be given back, and wants no more."""
+        for layer in self.layers:
+            layer.until_s = NEVER
+        self.until_s = NEVER
+        self.waiting = self.refused = self.lacking = 0
+        self.is_looked_at = False
+        self.used_before = self.used
+        self.rate = 0.0
+
+    def hear(self, ask: RateAsk, told: RateTold, sent_s: float, now_s: float) -> None:
+        """Takes note of the store's answer to a statement that was sent at `sent_s`, and came now."""
+        self.debt -= ask.charged
+        taken = self.used - self.used_before
+        if self.layers:
+            self.settle(now_s)
+        if told.granted:
+            place = len(self.layers) - bool(self._standing())
+            self.layers.insert(place, _Layer(told.slot, told.granted, sent_s + LIFE_S))
+            self.left += told.granted
+            self.settle(now_s)
+        self.used = told.used - (self.left - self._standing()) - sum(back for _, back in self.backs) + self.debt
+        self.used_before = self.used - taken
+        self.told_s = now_s
+        self.leaves = [(now_s + after_s, cost) for after_s, cost in told.leaves]
+        if ask.wanted and (told.granted >= ask.wanted or told.used + ask.least > ask.limit):
+            self.lacking = 0
+        if ask.charged and told.used > ask.limit:
+            self.free_after_s = now_s + WINDOW_SLOTS

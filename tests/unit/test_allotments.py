@@ -1,0 +1,355 @@
+"""What one worker holds of limits that are shared, by a clock and a store that the test moves."""
+
+from __future__ import annotations
+
+from latchgate.domain.allotments import Allotments
+from latchgate.domain.model import RateState
+from latchgate.domain.ports import RateAsk
+from latchgate.domain.shares import LIFE_S, WINDOW_SLOTS
+from support.limits import MemoryRateStore
+from support.records import ManualClock
+
+KEY = "key_1"
+OTHERS_ASK = RateAsk(KEY, 1000, 0, 1, 0, 0, 0, 0)
+
+
+class Bench:
+    """A worker and the store, under one clock."""
+
+    def __init__(self, *, limit: int = 10, max_keys: int = 100, workers: int = 1) -> None:
+        self.limit = limit
+        self.clock = ManualClock(1000.25)
+        self.store = MemoryRateStore(self.clock, workers)
+        self.allotments = Allotments(self.clock, max_keys)
+
+    def take(self, cost: int = 1, key_id: str = KEY) -> RateState | None:
+        """Has a request come."""
+        return self.allotments.take(key_id, self.limit, cost)
+
+    def exchange(self, *, delay_s: float = 0.0) -> list[RateAsk]:
+        """Has the worker ask the store; the answer takes a while."""
+        asks, sent_s = self.allotments.asks(), self.clock()
+        answer = self.store.step(asks)
+        self.clock.advance(delay_s)
+        self.allotments.hear(asks, answer, sent_s)
+        return asks
+
+    def need(self, cost: int = 1, *, delay_s: float = 0.0) -> None:
+        """Has a request wait for the store."""
+        self.allotments.need(KEY, self.limit, cost)
+        self.exchange(delay_s=delay_s)
+
+    def others_take(self, cost: int) -> None:
+        """Charges what other workers have admitted."""
+        self.store.step([OTHERS_ASK._replace(charged=cost)])
+
+    @property
+    def used(self) -> int:
+        """What the store holds of the key."""
+        return sum(self.store.windows.get(KEY, {}).values())
+
+
+def test_a_key_that_is_used_now_and_then_never_waits() -> None:
+    """A single request is admitted at once, without a word to the store, which hears of it later."""
+    bench = Bench()
+    assert RateState(allowed=True, limit=10, remaining=9, reset_after_s=62) == bench.take()
+    assert (0, 1) == (bench.store.statements, bench.exchange()[0].charged)
+    assert 1 == bench.used
+    assert [] == bench.exchange()
+
+
+def test_a_second_request_is_not_admitted_on_debt() -> None:
+    """Until the store has heard of one request that it was not asked about, there is no other: not while it is waited
+    for, and not when it may not have heard.
+    """
+    bench = Bench()
+    assert bench.take() is not None
+    assert bench.take() is None
+    asks = bench.allotments.asks()
+    assert bench.take() is None
+    bench.allotments.hear(asks, bench.store.step(asks), bench.clock())
+    assert bench.take() is not None
+
+
+def test_no_debt_for_a_window_after_one_too_many() -> None:
+    """A worker whose unasked request went beyond the limit asks first for as long as that one counts."""
+    bench = Bench(limit=1)
+    bench.others_take(1)
+    bench.clock.advance(5)
+    assert bench.take() is not None
+    bench.exchange()
+    assert 2 == bench.used
+    # The other worker's request has left the window, and its own has not; then that has, but for a moment.
+    for seconds in (57, 4.9):
+        bench.clock.advance(seconds)
+        bench.limit = 3
+        assert bench.take() is None
+    bench.clock.advance(0.2)
+    assert bench.take() is not None
+
+
+def test_permits_end_by_when_they_were_asked_for() -> None:
+    """Permits are good for less than a second from when they were asked for, not from when the answer came."""
+    bench = Bench()
+    bench.need(5, delay_s=0.5)
+    assert bench.take(1) is not None
+    bench.clock.advance(LIFE_S - 0.5 - 0.01)
+    assert bench.take(1) is not None
+    bench.clock.advance(0.02)
+    assert bench.take(2) is None
+
+
+def test_permits_that_were_not_used_are_given_back() -> None:
+    """What has expired goes back to the slot that it was charged to, and only that."""
+    bench = Bench()
+    bench.need(5)
+    assert bench.take(2) is not None
+    assert bench.used >= 5
+    for _ in range(3):
+        bench.clock.advance(1.0)
+        bench.exchange()
+    assert 2 == bench.used
+
+
+def test_a_full_window_is_told_from_memory() -> None:
+    """Once the store has said that a window is full, requests are refused without asking, with the time at which there
+    is room for their cost; until then nothing changes that.
+    """
+    bench = Bench()
+    bench.others_take(4)
+    bench.clock.advance(10)
+    bench.others_take(6)
+    bench.need()
+    statements = bench.store.statements
+    assert RateState(allowed=False, limit=10, remaining=0, reset_after_s=52) == bench.take(1)
+    assert RateState(allowed=False, limit=10, remaining=0, reset_after_s=52) == bench.take(4)
+    assert RateState(allowed=False, limit=10, remaining=0, reset_after_s=62) == bench.take(5)
+    assert statements == bench.store.statements
+    bench.clock.advance(40)
+    state = bench.take(1)
+    assert (False, 12) == (state and state.allowed, state and state.reset_after_s)
+    assert statements == bench.store.statements
+
+
+def test_reset_is_when_there_is_room() -> None:
+    """Who comes back when it was told to is admitted."""
+    bench = Bench()
+    bench.others_take(10)
+    bench.need()
+    refused = bench.take()
+    assert refused is not None
+    # The time is told in whole seconds, and the refusal is no news any more.
+    bench.exchange()
+    bench.clock.advance(refused.reset_after_s)
+    bench.exchange()
+    assert RateState(allowed=True, limit=10, remaining=9, reset_after_s=62) == bench.take()
+
+
+def test_requests_that_are_refused_are_asked_for_again() -> None:
+    """While many are refused the window is looked at again now and then: others may have given permits back."""
+    bench = Bench()
+    bench.others_take(10)
+    bench.need()
+    for _ in range(20):
+        refused = bench.take()
+        assert refused is not None
+        assert not refused.allowed
+    bench.clock.advance(0.1)
+    assert [] == bench.exchange()
+    bench.store.windows[KEY].clear()
+    bench.clock.advance(0.3)
+    for _ in range(20):
+        bench.take()
+    assert 1 == len(bench.exchange())
+    state = bench.take()
+    assert state is not None
+    assert state.allowed
+
+
+def test_what_is_not_asked_for_any_more_is_not_asked_of_the_store() -> None:
+    """Refusals have the window looked at once; after that only those do that come anew, whatever they cost."""
+    for cost in (1, 7):
+        bench = Bench()
+        bench.others_take(11 - cost)
+        bench.need(cost)
+        for _ in range(20):
+            refused = bench.take(cost)
+            assert refused is not None
+            assert not refused.allowed
+        bench.clock.advance(0.5)
+        bench.exchange()
+        for _ in range(200):
+            bench.clock.advance(0.05)
+            assert [] == bench.exchange()
+
+
+def test_a_cheaper_request_is_not_refused_for_a_dear_one() -> None:
+    """A request that fits is admitted, though others were refused that cost more."""
+    bench = Bench()
+    bench.others_take(8)
+    bench.need(5)
+    refused = bench.take(5)
+    assert (False, 2) == (refused and refused.allowed, refused and refused.remaining)
+    assert RateState(allowed=True, limit=10, remaining=1, reset_after_s=62) == bench.take(1)
+
+
+def test_what_is_refused_is_not_charged() -> None:
+    """A refused request leaves all permits, for cheaper ones to use."""
+    bench = Bench(limit=5)
+    bench.need(3)
+    bench.others_take(2)
+    bench.need(5)
+    assert [(False, 3), (False, 3)] == [
+        (state.allowed, state.remaining) for state in (bench.take(4), bench.take(5)) if state
+    ]
+    assert RateState(allowed=True, limit=5, remaining=0, reset_after_s=62) == bench.take(3)
+    assert 5 == bench.used
+
+
+def test_cost_0_is_answered_by_what_is_known_and_young() -> None:
+    """Looking charges nothing, and what it shows is not older than a second; the store is asked for the rest."""
+    bench = Bench()
+    assert bench.take(0) is None
+    bench.need(0)
+    assert RateState(allowed=True, limit=10, remaining=10, reset_after_s=0) == bench.take(0)
+    bench.others_take(4)
+    bench.clock.advance(1.1)
+    assert bench.take(0) is None
+    bench.need(0)
+    assert RateState(allowed=True, limit=10, remaining=6, reset_after_s=61) == bench.take(0)
+    assert 4 == bench.used
+
+
+def test_a_cost_beyond_the_limit_never_fits() -> None:
+    """It is refused without asking, and not told to come back at once."""
+    bench = Bench()
+    assert RateState(allowed=False, limit=10, remaining=10, reset_after_s=62) == bench.take(11)
+    assert [] == bench.exchange()
+
+
+def test_a_changed_limit_holds_at_once() -> None:
+    """What was used under the old limit counts under the new one, be it lower or higher, with permits or without."""
+    bench = Bench()
+    bench.need(8)
+    assert bench.take(2) is not None
+    bench.limit = 3
+    state = bench.take(1)
+    assert (True, 0) == (state and state.allowed, state and state.remaining)
+    assert bench.take(1) is None
+    bench.need(1)
+    state = bench.take(1)
+    assert (False, 0) == (state and state.allowed, state and state.remaining)
+    bench.limit = 20
+    assert bench.take(0) is not None
+    bench.need(1)
+    state = bench.take(1)
+    assert (True, 16) == (state and state.allowed, state and state.remaining)
+
+
+def test_old_news_are_forgotten() -> None:
+    """What was used more than a window ago is not counted, whatever was last told."""
+    bench = Bench()
+    bench.need(6)
+    for _ in range(6):
+        assert bench.take() is not None
+    bench.clock.advance(WINDOW_SLOTS + 1)
+    assert RateState(allowed=True, limit=10, remaining=9, reset_after_s=62) == bench.take()
+
+
+def test_alone_a_worker_keeps_its_share() -> None:
+    """While the store is away, a worker admits its part of the limit, less its part of what was used before."""
+    bench = Bench(limit=20, workers=4)
+    bench.others_take(7)
+    bench.need(1)
+    assert bench.take() is not None
+    bench.allotments.lose()
+    allowed = [state.allowed for _ in range(6) if (state := bench.take())]
+    assert [True] * 3 + [False] * 3 == allowed
+    state = bench.take(0)
+    assert (True, 20, 0) == (state and state[:3])
+
+
+def test_alone_a_request_that_costs_more_than_a_share_still_fits() -> None:
+    """At least one request a window fits into a worker's share."""
+    bench = Bench(limit=10, workers=5)
+    bench.exchange()
+    bench.allotments.hear([], bench.store.step([]), 0.0)
+    bench.allotments.lose()
+    assert [True, False] == [state.allowed for _ in range(2) if (state := bench.take(7))]
+    state = bench.take(11)
+    assert state is not None
+    assert not state.allowed
+
+
+def test_what_was_admitted_alone_is_charged() -> None:
+    """When the store is back it hears of what was admitted meanwhile, as far as that still counts."""
+    bench = Bench()
+    bench.allotments.lose()
+    for seconds in (0, 40, 10):
+        bench.clock.advance(seconds)
+        assert bench.take(2) is not None
+    bench.allotments.forget_old_debts()
+    bench.clock.advance(15)
+    bench.allotments.forget_old_debts()
+    bench.allotments.regain(bench.store.step([]))
+    assert bench.take() is None
+    assert [4] == [ask.charged for ask in bench.exchange()]
+    assert 4 == bench.used
+
+
+def test_old_debts_are_forgotten_alone() -> None:
+    """However long the store is away, no more is remembered than what counts."""
+    bench = Bench()
+    bench.allotments.lose()
+    bench.take()
+    bench.clock.advance(62)
+    bench.allotments.forget_old_debts()
+    bench.allotments.regain(bench.store.step([]))
+    assert [] == bench.exchange()
+
+
+def test_the_number_of_keys_is_bounded_and_no_debt_is_lost() -> None:
+    """Beyond the number of keys those go that there is nothing to report of, the unused ones first."""
+    bench = Bench(max_keys=3)
+    for number in range(6):
+        bench.take(key_id=f"debtor_{number}")
+    assert 6 == len(bench.allotments)
+    assert {f"debtor_{number}" for number in range(6)} == {ask.key_id for ask in bench.exchange()}
+    bench.exchange()
+    for number in range(10):
+        bench.take(11, key_id=f"other_{number}")
+    assert 6 == len(bench.allotments)
+
+
+def test_farewell() -> None:
+    """A worker that goes reports its debts and gives back all permits, of however many grants."""
+    bench = Bench(limit=30)
+    bench.take(key_id="key_2")
+    for _ in range(3):
+        bench.need(5)
+        bench.clock.advance(0.3)
+        bench.allotments.take(KEY, 30, 4)
+    for asks in bench.allotments.farewell():
+        bench.allotments.hear(asks, bench.store.step(asks), bench.clock())
+    assert 12 == bench.used
+    assert 1 == sum(bench.store.windows["key_2"].values())
+
+
+def test_standing_permits() -> None:
+    """Of a twentieth of the limit, by halves for each window of the clock's, the store is never told; no more."""
+    bench = Bench(limit=1000, workers=2)
+    bench.exchange()
+    assert [True] * 12 == [bool(bench.take()) for _ in range(12)]
+    assert [] == bench.exchange()
+    bench.take()
+    bench.exchange()
+    assert bench.used
+    told = bench.used
+    # The same again in the next window of the clock's, and what has expired is not given back to the store.
+    bench.clock.advance(WINDOW_SLOTS)
+    for _ in range(12):
+        assert bench.take()
+    bench.clock.advance(3 * WINDOW_SLOTS)
+    bench.take()
+    bench.exchange()
+    assert told >= bench.used
