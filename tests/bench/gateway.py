@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from bench import command, database, gateway_page, servers  # noqa: E402 - found by the line above
 from bench.command import positive, say  # noqa: E402 - the same
-from bench.envoy import Gateway, Guard, gateway  # noqa: E402 - the same
 from bench.gateway_page import Plan, Results, Turn  # noqa: E402 - the same
+from bench.gateways import Gateway, Guard, gateway  # noqa: E402 - the same
 from bench.machine import BenchError, Layout, UnfitError, core_busy_s, free_port, process_cpu_s  # noqa: E402 - the same
 from bench.report import as_text  # noqa: E402 - the same
 from bench.servers import Service, Source  # noqa: E402 - the same

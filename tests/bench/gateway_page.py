@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.envoy import Guard
+from bench.gateways import Guard
 from bench.page import bullets, machine_line, paragraph
 from bench.report import Rows, as_markdown, spread
 

@@ -19,7 +19,7 @@ def test_constant_overload(limit: int, cost: int, workers: int) -> None:
     each worker, and at least 0.95 of the limit is admitted; what is refused is refused from memory.
     """
     most = limit // cost
-    cycles = 10 if most <= 60 else 3
+    cycles = 5 if most <= 60 else 2
     with deployment(limit + workers, workers=workers) as deployed:
         until_s = 63.0 * (cycles + 3)
         deployed.load(limit, max(most / 60 * 2 / workers, 3.0), until_s, cost)

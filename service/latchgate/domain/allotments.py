@@ -150,7 +150,7 @@ class Allotments:
             ask = share.ask(now_s)
             if ask is not None:
                 asks.append(ask)
-            elif not share.left and not share.lacking:
+            elif share.left == share.standing() and not share.lacking:
                 self._deactivate(share)
         return asks
 

@@ -141,7 +141,7 @@ class Share:
                 self.left += count
                 self.settle(now_s)
 
-    def _standing(self) -> int:
+    def standing(self) -> int:
         """Gives how many permits are left of which the store is not told; to be asked after `settle`."""
         last = self.layers[-1] if self.layers else None
         return last.count if last is not None and last.slot == _NOWHERE else 0
@@ -230,11 +230,11 @@ class Share:
         if self.layers:
             self.settle(now_s)
         if told.granted:
-            place = len(self.layers) - bool(self._standing())
+            place = len(self.layers) - bool(self.standing())
             self.layers.insert(place, _Layer(told.slot, told.granted, sent_s + LIFE_S))
             self.left += told.granted
             self.settle(now_s)
-        self.used = told.used - (self.left - self._standing()) - sum(back for _, back in self.backs) + self.debt
+        self.used = told.used - (self.left - self.standing()) - sum(back for _, back in self.backs) + self.debt
         self.used_before = self.used - taken
         self.told_s = now_s
         self.leaves = [(now_s + after_s, cost) for after_s, cost in told.leaves]
