@@ -101,8 +101,10 @@ class Background:
             is_put_off = False
 
     async def _is_stopped_within(self, seconds: float) -> bool:
+        # Not wait_for, as in latchgate.storage.coherence.
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
         return self._stopping.is_set()
 
 

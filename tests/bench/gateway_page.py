@@ -124,7 +124,7 @@ def write(results: Results) -> str:
 
 # What was seen with strace, perf and the counters of the kernel, and in loops of their own.
 _WHERE = (
-    """**The handler itself** is a small part: to read the question, judge and put the answer together takes some 15 µs
+    """**The handler itself** is a small part: to read the question, judge and put the answer together takes some 10 µs
     in a loop of its own, of which protobuf's reading is 3.""",
     """**grpcio** is the largest: it hands each call from the thread that polls to the one that answers, and back, with
     five writes and two changes of thread a call. aiohttp does all in one thread, with two system calls a request.""",

@@ -119,8 +119,10 @@ class Membership:
 
     async def _rest(self) -> None:
         rest_s = min(HEARTBEAT_S, self._renewal_due_s - self._boottime())
+        # Not wait_for: until Python 3.12 it swallows a cancellation that comes together with what it waits for.
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), max(rest_s, 0.0))
+            async with asyncio.timeout(max(rest_s, 0.0)):
+                await self._wake.wait()
 
     async def _keep_up(self, connection: Connection) -> None:
         if self._incarnation is None:

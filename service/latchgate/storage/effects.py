@@ -123,8 +123,10 @@ class EffectPoller:
                     pause_s = RETRY_S
                     for wait in asked:
                         wait.take(longest_wait_s(wait.since_s, self._boottime()))
+                # Not wait_for, as in latchgate.storage.coherence.
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), pause_s)
+                    async with asyncio.timeout(pause_s):
+                        await self._news.wait()
         except Exception as error:  # noqa: BLE001 - it is theirs who wait, and they would wait for ever
             for wait in self._waits:
                 if not wait.ended.done():
