@@ -13,13 +13,13 @@ bursts = st.lists(st.tuples(st.floats(0, 70), st.integers(1, 30), st.integers(0,
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-@pytest.mark.parametrize(("limit", "cost"), [(1, 1), (10, 1), (60, 1), (600, 1), (6000, 1), (60, 5), (600, 20)])
+@pytest.mark.parametrize(("limit", "cost"), [(1, 1), (10, 1), (60, 1), (600, 1), (60, 5), (600, 20)])
 def test_constant_overload(limit: int, cost: int, workers: int) -> None:
     """Under constant overload of all workers no sliding minute admits more than 1.05 of the limit and one request for
     each worker, and at least 0.95 of the limit is admitted; what is refused is refused from memory.
     """
     most = limit // cost
-    cycles = 5 if most <= 60 else 2
+    cycles = 10 if most <= 60 else 3
     with deployment(limit + workers, workers=workers) as deployed:
         until_s = 63.0 * (cycles + 3)
         deployed.load(limit, max(most / 60 * 2 / workers, 3.0), until_s, cost)
