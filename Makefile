@@ -115,6 +115,10 @@ bench-flood: $(STAMP) ## Measure what good keys notice of a flood of made-up tok
 bench-gateway: $(STAMP) ## Measure what it costs Envoy to ask about keys; writes docs/gateways/performance.md
 	@$(BIN)/python tests/bench/gateway.py $(ARGS)
 
+.PHONY: bench-limits
+bench-limits: $(STAMP) ## Measure what shared rate limits take, and how well they are kept; writes docs/limits.md
+	@$(BIN)/python tests/bench/limits.py
+
 .PHONY: bench-memory
 bench-memory: $(STAMP) ## Measure what a key takes in a worker's memory; writes docs/memory.md
 	@$(BIN)/python tests/bench/memory.py
