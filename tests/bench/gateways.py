@@ -8,18 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from bench.machine import BenchError, free_port, pinned
-from bench.servers import NEEDED_PERMISSION, Service
+from bench.servers import NEEDED_PERMISSION, START_DEADLINE_S, Service, end
 
 PROGRAM = Path(sys.executable).parent / "envoy"
-START_DEADLINE_S = 30.0
-STOP_DEADLINE_S = 10.0
 ANSWER = "good\n"
 
 _TYPES = "type.googleapis.com/envoy.extensions"
@@ -70,7 +68,7 @@ async def gateway(service: Service, http_port: int, core: int, folder: Path) -> 
             await asyncio.sleep(0.1)
         yield Gateway(pid=process.pid, ports=ports)
     finally:
-        await asyncio.shield(_end(process))
+        await asyncio.shield(end(process))
 
 
 async def _is_listening(port: int) -> bool:
@@ -80,16 +78,6 @@ async def _is_listening(port: int) -> bool:
         return False
     writer.close()
     return True
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    with suppress(ProcessLookupError):
-        process.terminate()
-    try:
-        await asyncio.wait_for(process.wait(), STOP_DEADLINE_S)
-    except TimeoutError:
-        process.kill()
-        await process.wait()
 
 
 def _configuration(ports: dict[Guard, int], admin: int, service: Service, http_port: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any, Final
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import asyncpg  # noqa: E402 - the same
+import asyncpg  # noqa: E402 - after the line above, as all that follows
 import grpc  # noqa: E402 - the same
 import uvloop  # noqa: E402 - the same
 

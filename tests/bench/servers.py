@@ -290,10 +290,11 @@ async def _process(
     try:
         yield process
     finally:
-        await asyncio.shield(_end(process))
+        await asyncio.shield(end(process))
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def end(process: asyncio.subprocess.Process) -> None:
+    """Ends a process that was started: asks it to, and kills it if it does not within STOP_DEADLINE_S."""
     with suppress(ProcessLookupError):
         process.terminate()
     try:
