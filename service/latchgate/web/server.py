@@ -44,7 +44,10 @@ class _Handler(RequestHandler):
 
 
 class _Server(web.Server):
+    """Has connections handled by _Handler: aiohttp takes options for its own class, and no other class."""
+
     def __call__(self) -> _Handler:
+        """Makes what handles a new connection."""
         return _Handler(self, loop=self._loop, **self._kwargs)
 
 
