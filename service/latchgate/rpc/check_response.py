@@ -134,8 +134,12 @@ def _http(denial: Denial, status: status_pb2.Status, *, is_grpc: bool) -> pb.Den
     )
 
 
+@lru_cache(maxsize=16_384)
 def _allowed(rate: RateState) -> bytes:
-    """Writes where a key stands, for the client to read in the answer that it gets."""
+    """Writes where a key stands, for the client to read in the answer that it gets.
+
+    Remembered, because keys of the same limit stand where others stood before them.
+    """
     headers = _options(rate_headers(rate))
     return _written(pb.CheckResponse(ok_response=pb.OkHttpResponse(response_headers_to_add=headers)))
 
