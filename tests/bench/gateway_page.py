@@ -105,8 +105,9 @@ def write(results: Results) -> str:
         as_markdown(table(results)),
         bullets(findings(results)),
         paragraph(f"Medians of {plan.rounds} rounds, with the least and the most in brackets."),
-        "## Where the time goes",
-        bullets(" ".join(each.split()) for each in _WHERE),
+        paragraph(
+            "Where the time goes was looked into by hand: [0008](../decisions/0008-envoy-over-grpc-and-http.md)."
+        ),
         "## What is compared",
         bullets(_method(results)),
         "## Machine",
@@ -120,20 +121,6 @@ def write(results: Results) -> str:
         paragraph("It needs Linux on x86-64, two cores, `h2load` and `wrk`."),
     ]
     return "\n\n".join(blocks) + "\n"
-
-
-# What was seen with strace, perf and the counters of the kernel, and in loops of their own.
-_WHERE = (
-    """**The handler itself** is a small part: to read the question, judge and put the answer together takes some 10 µs
-    in a loop of its own, of which protobuf's reading is 3.""",
-    """**grpcio** is the largest: it hands each call from the thread that polls to the one that answers, and back, with
-    five writes and two changes of thread a call. aiohttp does all in one thread, with two system calls a request.""",
-    """**Taking turns on one core.** Envoy is woken for nearly each single answer over gRPC, and both find the
-    processor's caches full of the other's code, so that Envoy's own part costs a multiple, too. Longer turns from the
-    scheduler (10 to 50 ms, for both) gave 5 to 10 %; nothing else of the system's settings helped.""",
-    """**Which headers are sent** is for Envoy's configuration to say: here those that latchgate reads. All that a
-    browser sends would be written, sent and read for nothing.""",
-)
 
 
 def _method(results: Results) -> Iterator[str]:
