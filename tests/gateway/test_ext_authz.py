@@ -12,7 +12,6 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf import empty_pb2
 
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
@@ -25,6 +24,7 @@ from support.edge import edge as run_edge
 from support.envoy import needs_envoy
 from support.fleets import Fleet, fleet
 from support.keys import Tenant, hours_ahead
+from support.recorder import recorder
 from support.service import ROOT_TOKEN, bearer, call_error, make_settings
 from support.transport import call_path
 from support.upstream import free_port
@@ -202,41 +202,11 @@ async def test_revoked_at_once(edge: Edge, acme: Tenant) -> None:
     assert {(401, "REVOKED")} == {reason(answer) for answer in after}
 
 
-class Shop(grpc.GenericRpcHandler):
-    """A gRPC service behind the gateway, which answers every call, and remembers who called."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, str]] = []
-
-    def service(self, details: Any) -> Any:
-        """Gives the handler of any method."""
-
-        async def answer(_request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
-            if not details.method.startswith("/grpc.health"):
-                self.calls.append({name: str(value) for name, value in context.invocation_metadata() or ()})
-            return empty_pb2.Empty().SerializeToString()
-
-        return grpc.unary_unary_rpc_method_handler(answer)
-
-
-@asynccontextmanager
-async def shop() -> AsyncIterator[tuple[Shop, str]]:
-    """Serves until the block ends, and gives the service and its address."""
-    server, handler = grpc.aio.server(), Shop()
-    server.add_generic_rpc_handlers((handler,))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        yield handler, f"127.0.0.1:{port}"
-    finally:
-        await server.stop(0)
-
-
 async def test_grpc_services(acme: Tenant, tmp_path: Path) -> None:
     """Clients of a gRPC service, over HTTP/2, get through with a good key, and else are told in gRPC's own words."""
     good, lacking = await acme.key(permissions=["read"], rate_limit_per_minute=1), await acme.key()
     async with (
-        shop() as (service, address),
+        recorder() as (service, address),
         run_edge(tmp_path, acme.service.address, upstream=address, changes=SPEAKS_GRPC) as edge,
         edge.channel() as channel,
     ):
