@@ -12,6 +12,7 @@ import structlog
 from latchgate.domain.allotments import Allotments
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.domain.ports import RateAnswer, RateAsk, RateStore
+from latchgate.domain.shares import WINDOW_SLOTS
 
 # How often what there is to report and to ask goes out. Drawn anew each time, so that no worker is always the first to
 # ask for what has just left a window.
@@ -25,6 +26,8 @@ PATIENCE_S: Final = 0.25
 LONG_PATIENCE_S: Final = 1.0
 # How often a store that nobody needs is asked nevertheless.
 HEAR_S: Final = 5.0
+# For how long a worker lets nothing through without a word: a whole window, and the time to hear of all others.
+SETTLE_S: Final = WINDOW_SLOTS + HEAR_S
 # How often a store that is away is tried.
 TRY_PAUSE_S: Final = 1.0
 # A statement that failed within this time is sent again, once: it most likely met a connection that was lost before.
@@ -54,7 +57,7 @@ class SharedLimiter:
         self._store = store
         self._clock = clock
         self._observer = observer
-        self.allotments = Allotments(clock)
+        self.allotments = Allotments(clock, stands_after_s=clock() + SETTLE_S)
         # Nothing stands between a call and what it is counted by.
         self.take = self.allotments.take
         self._waiting: dict[str, asyncio.Future[None]] = {}
@@ -62,6 +65,8 @@ class SharedLimiter:
         # When everything is sent next, and what calls wait for at the soonest.
         self._tick_s = 0.0
         self._next_s = 0.0
+        # The statement that is under way.
+        self._sending: asyncio.Task[bool] | None = None
         # When the store was last asked with success.
         self._heard_s = float("-inf")
         # How many calls have waited for the store.
@@ -91,7 +96,13 @@ class SharedLimiter:
                 await self._send_due()
 
     async def close(self) -> None:
-        """Reports what is not reported and gives back what is not used; whoever still waits is answered locally."""
+        """Reports what is not reported and gives back what is not used; whoever still waits is answered locally.
+
+        To be called when `run` has ended.
+        """
+        if self._sending is not None:
+            # What it is granted could be given back by nobody else.
+            await asyncio.wait([self._sending])
         if not self.allotments.is_alone:
             for asks in self.allotments.farewell():
                 if not await self._send(asks, LONG_PATIENCE_S):
@@ -130,12 +141,19 @@ class SharedLimiter:
         return False
 
     async def _send(self, asks: Sequence[RateAsk], patience_s: float) -> bool:
-        """Sends a statement, and takes note of what it has brought; says whether it was answered."""
+        """Sends a statement, and takes note of what it has brought; says whether it was answered.
+
+        Whoever is cancelled meanwhile leaves it under way.
+        """
         told = [self._waiting.pop(ask.key_id) for ask in asks if ask.key_id in self._waiting]
+        self._sending = asyncio.create_task(self._exchange(asks, told, patience_s))
+        return await asyncio.shield(self._sending)
+
+    async def _exchange(self, asks: Sequence[RateAsk], told: Sequence[asyncio.Future[None]], patience_s: float) -> bool:
         sent_s = self._clock()
         try:
             async with asyncio.timeout(patience_s):
-                answer = await self._exchange(asks)
+                answer = await self._ask(asks)
             self.allotments.hear(asks, answer, sent_s)
             self._heard_s = sent_s
         except Exception as error:  # noqa: BLE001 - whatever it is, calls are answered without the store
@@ -149,7 +167,7 @@ class SharedLimiter:
                 if not each.done():
                     each.set_result(None)
 
-    async def _exchange(self, asks: Sequence[RateAsk]) -> RateAnswer:
+    async def _ask(self, asks: Sequence[RateAsk]) -> RateAnswer:
         sent_s = self._clock()
         try:
             return await self._store.exchange(asks)

@@ -22,6 +22,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -159,7 +160,9 @@ async def _load(cluster: Cluster, seeded: Seeded, load: tuple[int, int, int], se
     """Counts calls for keys at random against PostgreSQL, as a worker does, without the calls themselves."""
     keys, rate, limit = load
     store, statements = PostgresRateStore(rate_link(seeded.url)), Statements()
-    limiter = SharedLimiter(store=store, clock=boottime, observer=statements)
+    # As after a worker's first minute.
+    with mock.patch("latchgate.limiting.SETTLE_S", 0.0):
+        limiter = SharedLimiter(store=store, clock=boottime, observer=statements)
     running = asyncio.create_task(limiter.run())
     names = [f"key_{number:026d}" for number in range(keys)]
     waiting: set[asyncio.Task[None]] = set()

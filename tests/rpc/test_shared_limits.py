@@ -24,11 +24,14 @@ Pair = tuple[RunningService, RunningService]
 
 @pytest_asyncio.fixture(loop_scope="session", scope="module")
 async def pair(postgres_url: str, template_url: str) -> AsyncIterator[Pair]:
-    """Two services on a database of the module's own, which know of each other."""
-    async with cloned_database(postgres_url, template_url) as url, run_service(url) as one, run_service(url) as other:
-        for service in (one, other):
-            await until_shared(service)
-        yield one, other
+    """Two services on a database of the module's own, which know of each other, as if they had been there for long."""
+    async with cloned_database(postgres_url, template_url) as url:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("latchgate.limiting.SETTLE_S", 0.0)
+            async with run_service(url) as one, run_service(url) as other:
+                for service in (one, other):
+                    await until_shared(service)
+                yield one, other
 
 
 async def until_shared(service: RunningService, *, is_local: bool = False) -> None:

@@ -65,6 +65,18 @@ class Worker:
     def _start(self) -> None:
         self.running = self.loop.create_task(self.limiter.run())
 
+    def stop(self) -> None:
+        """Has it stop in order."""
+        self.loop.deliver(self._stop)
+
+    def _stop(self) -> None:
+        async def stop() -> None:
+            self.running.cancel()
+            await asyncio.wait([self.running])
+            await self.limiter.close()
+
+        self.stopping = self.loop.create_task(stop())
+
     def request(self, limit: int, cost: int = 1) -> None:
         """Has a call come."""
         self.loop.deliver(self._request, limit, cost)
@@ -104,12 +116,13 @@ class Worker:
 class Deployment:
     """Workers that share the limit of one key. All that is random comes from the seed."""
 
-    def __init__(self, seed: int, *, workers: int, most_delay_s: float = 0.005) -> None:
-        """Starts them."""
+    def __init__(self, seed: int, *, workers: int, most_delay_s: float = 0.005, settle_s: float = 0.0) -> None:
+        """Starts them, as if they had all been there for long, unless they are to take `settle_s`."""
         self.world = World(seed)
         part = self.world.random.random()
         self.store = MemoryRateStore(lambda: EPOCH_S + part + self.world.now_s, workers)
-        self.workers = [Worker(self.world, self.store, most_delay_s) for _ in range(workers)]
+        with mock.patch("latchgate.limiting.SETTLE_S", settle_s):
+            self.workers = [Worker(self.world, self.store, most_delay_s) for _ in range(workers)]
 
     def load(self, limit: int, a_second: float, until_s: float, cost: int = 1) -> None:
         """Has each worker asked at its own irregular times, so often on average."""

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from latchgate.limiting import PATIENCE_S
-from support.shared_limits import deployment
+from latchgate.domain.shares import WINDOW_SLOTS
+from latchgate.limiting import PATIENCE_S, SETTLE_S
+from support.shared_limits import KEY, deployment
 
 bursts = st.lists(st.tuples(st.floats(0, 70), st.integers(1, 30), st.integers(0, 4)), max_size=25)
 
@@ -130,15 +131,36 @@ def test_store_away(workers: int) -> None:
         assert deployed.most_in_a_minute() <= 2 * limit
 
 
-def test_a_worker_that_goes_leaves_nothing_behind() -> None:
-    """A worker that stops reports what it has admitted and gives back what it has not used."""
-    with deployment(5, workers=1) as deployed:
+@pytest.mark.parametrize("seed", range(8))
+def test_a_worker_that_goes_leaves_nothing_behind(seed: int) -> None:
+    """A worker that stops reports what it has admitted and gives back what it has not used, and what it is being
+    granted while it stops.
+    """
+    with deployment(seed, workers=1, most_delay_s=0.1) as deployed:
         (worker,) = deployed.workers
         deployed.load(6000, 50.0, 5.0)
         deployed.run(5.0)
-        worker.running.cancel()
-        worker.loop.deliver(lambda: worker.loop.create_task(worker.limiter.close()))
-        deployed.world.at(7.0, lambda: None)
-        deployed.run(6.0)
+        worker.stop()
+        deployed.world.at(9.0, lambda: None)
+        deployed.run(8.0)
         # But for what it may let through without a word.
         assert len(deployed.admitted) == sum(deployed.store.windows["key_1"].values()) + 150
+
+
+def test_workers_that_start_together() -> None:
+    """Workers that have not heard of each other yet let nothing through without a word, so that the bound holds from
+    the beginning; later they do.
+    """
+    limit, workers = 6000, 5
+    with deployment(13, workers=workers, settle_s=SETTLE_S) as deployed:
+        # As each sees it before the others have joined.
+        deployed.store.workers = 1
+        deployed.world.at(1.0, setattr, deployed.store, "workers", workers)
+        deployed.load(limit, 60.0, 64.0)
+        deployed.run(SETTLE_S + WINDOW_SLOTS)
+        assert deployed.most_in_a_minute() <= limit + workers
+        before = deployed.store.newest[KEY]
+        deployed.load(limit, 0.3, SETTLE_S + WINDOW_SLOTS + 40.0)
+        deployed.run(SETTLE_S + WINDOW_SLOTS + 42.0)
+        assert deployed.total(SETTLE_S + WINDOW_SLOTS, SETTLE_S + WINDOW_SLOTS + 42.0) > 30
+        assert deployed.store.newest[KEY] == before

@@ -49,9 +49,14 @@ class Allotments:
     Says None where memory can not say; `need` then has the store asked.
     """
 
-    def __init__(self, clock: Callable[[], float], max_keys: int = MAX_KEYS) -> None:
-        """Takes a clock in seconds that never goes back, and goes on while the machine is suspended."""
+    def __init__(self, clock: Callable[[], float], max_keys: int = MAX_KEYS, *, stands_after_s: float = NEVER) -> None:
+        """Takes a clock in seconds that never goes back, and goes on while the machine is suspended.
+
+        Standing permits are taken from `stands_after_s` on: when all workers have heard how many they are, and what
+        others have let through that are gone has left the window.
+        """
         self._clock = clock
+        self._stands_after_s = stands_after_s
         self._max_keys = max_keys
         self._shares: OrderedDict[str, Share] = OrderedDict()
         self._find = self._shares.get
@@ -86,7 +91,7 @@ class Allotments:
             share.limit = limit
             share.lacking = 0
         share.age(now_s)
-        if cost > share.left:
+        if cost > share.left and now_s >= self._stands_after_s:
             share.stand(limit, self.workers, now_s)
         if cost <= share.left and cost and share.used + cost <= limit:
             share.used += cost
