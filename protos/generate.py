@@ -16,7 +16,7 @@ from pathlib import Path
 
 from api_reference import write_reference
 from google.api import annotations_pb2, field_behavior_pb2, http_pb2
-from google.protobuf import any_pb2, descriptor_pb2, duration_pb2, field_mask_pb2, timestamp_pb2
+from google.protobuf import any_pb2, descriptor_pb2, duration_pb2, field_mask_pb2, struct_pb2, timestamp_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_tools import protoc
 from protovalidate._gen.buf.validate import validate_pb
@@ -45,6 +45,7 @@ def _imports() -> descriptor_pb2.FileDescriptorSet:
         timestamp_pb2,
         duration_pb2,
         field_mask_pb2,
+        struct_pb2,
         http_pb2,
         annotations_pb2,
         field_behavior_pb2,

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -24,6 +25,7 @@ from latchgate.domain.errors import UnavailableError
 from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import Scope
 from latchgate.domain.organizations import OrganizationManager
+from latchgate.domain.trail import AuditReader
 from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
 from latchgate.draining import drain
@@ -31,6 +33,7 @@ from latchgate.limiting import SharedLimiter
 from latchgate.listening import PortError, Role, serve_metrics
 from latchgate.observability import Metrics
 from latchgate.rpc import convert
+from latchgate.rpc.audit_service import AuditService
 from latchgate.rpc.answers import AnswerWriter
 from latchgate.rpc.check_request import CheckReader
 from latchgate.rpc.check_response import CheckWriter
@@ -41,6 +44,7 @@ from latchgate.rpc.pages import PageTokens
 from latchgate.rpc.pipeline import Backend, FromMemory, Pipeline, method_name
 from latchgate.rpc.recall import Recall
 from latchgate.rpc.server import (
+    AUDIT_SERVICE,
     CHECK,
     EXT_AUTHZ_SERVICE,
     KEY_SERVICE,
@@ -51,12 +55,13 @@ from latchgate.rpc.server import (
     make_server,
 )
 from latchgate.rpc.tls import CertificateError, ReloadingCredentials, TlsFiles
+from latchgate.storage.audit import PostgresTrail, keep_trail
 from latchgate.storage.bootstrap import RootKey, ensure_root_key, load_tag_key
 from latchgate.storage.coherence import Membership, forget_changes
 from latchgate.storage.effects import EffectPoller
 from latchgate.storage.link import Link
 from latchgate.storage.lookups import BatchingKeyReader, find_many, lookup_link
-from latchgate.storage.migrate import migrate
+from latchgate.storage.migrate import migrate_for
 from latchgate.storage.postgres import Database
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.ratelimit import PostgresRateStore, forget_windows, rate_link
@@ -75,6 +80,7 @@ LINK_TIMEOUT_S: Final = 0.5
 PROBE_INTERVAL_S: Final = 1.0
 PROBE_TIMEOUT_S: Final = 1.0
 FORGET_INTERVAL_S: Final = 30.0
+AUDIT_INTERVAL_S: Final = 3600.0
 START_RETRY_S: Final = 1.0
 START_REMIND_S: Final = 30.0
 
@@ -130,7 +136,7 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
     credentials = _credentials(settings)
     async with AsyncExitStack() as stack:
         # Before the ports: of two that are started on the same data, the second is to hear of the data.
-        dsn = await database_address(stack, settings)
+        dsn, owner_dsn = await database_address(stack, settings)
         metrics = Metrics(CollectorRegistry())
         metrics_listen = _serve_metrics(stack, settings, metrics) if role is Role.ALONE else ""
         pipeline = Pipeline(metrics, is_validate_open=settings.validate_access is ValidateAccess.OPEN)
@@ -161,7 +167,7 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
         stack.push_async_callback(background.close)
         if role is not Role.SUCCESSOR:
             await _listen(parts, credentials)
-        ready = asyncio.create_task(_get_ready_and_listen(beside, parts, dsn, credentials))
+        ready = asyncio.create_task(_get_ready_and_listen(beside, parts, (dsn, owner_dsn), credentials))
         stack.push_async_callback(_cancelled, ready)
         stack.push_async_callback(drain, server, pipeline, settings.drain_seconds)
         stack.push_async_callback(http.close)
@@ -230,20 +236,21 @@ async def _listen(parts: _Parts, credentials: ReloadingCredentials | None) -> No
 
 
 async def _get_ready_and_listen(
-    stack: AsyncExitStack, parts: _Parts, dsn: str, credentials: ReloadingCredentials | None
+    stack: AsyncExitStack, parts: _Parts, addresses: tuple[str, str], credentials: ReloadingCredentials | None
 ) -> Ready:
     """Gets ready, and listens if that was put off until now."""
-    ready = await _get_ready(stack, parts, dsn)
+    ready = await _get_ready(stack, parts, *addresses)
     if not parts.server.port:
         await _listen(parts, credentials)
     return ready
 
 
-async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:
+async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: str) -> Ready:
     """Prepares the database, waiting for it if it is away, and lets calls through."""
     settings, database, background = parts.settings, parts.database, parts.background
     server, pipeline = parts.server, parts.pipeline
-    before, schema = await _patiently(lambda: migrate(dsn))
+    before, schema = await _patiently(lambda: migrate_for(dsn, owner_dsn))
+    await _patiently(PostgresTrail(database).make_partitions)
     from_settings = settings.tag_key.get_secret_value().encode() if settings.tag_key else None
     tag_key = await _patiently(lambda: load_tag_key(database, from_settings))
     tokens = TokenFormat(tag_key, settings.token_prefixes)
@@ -302,6 +309,8 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str) -> Ready:
     background.repeat("clearing of request_ids", FORGET_INTERVAL_S, lambda: forget_requests(database))
     background.repeat("clearing of the change log", FORGET_INTERVAL_S, lambda: forget_changes(database))
     background.repeat("clearing of rate limits", FORGET_INTERVAL_S, lambda: forget_windows(database))
+    trail, retention = PostgresTrail(database), timedelta(days=settings.audit_retention_days)
+    background.repeat("keeping of the audit trail", AUDIT_INTERVAL_S, lambda: keep_trail(trail, retention))
     background.repeat("clearing of silent workers", FORGET_INTERVAL_S, effects.sweep)
     return Ready(root=root, schema_before=before, schema=schema)
 
@@ -331,13 +340,14 @@ def _backend(
             answers=answers,
         ),
         ORGANIZATION_SERVICE.full_name: OrganizationService(organizations=organizations, pages=pages),
+        AUDIT_SERVICE.full_name: AuditService(trail=AuditReader(PostgresTrail(parts.database)), pages=pages),
         EXT_AUTHZ_SERVICE.full_name: ExtAuthz(validator=validator, reader=reader, writer=writer, outcomes=metrics),
     }
     recalls: dict[str, FromMemory] = {
         VALIDATE.full_name: Recall(validator, answers, metrics.tally(method_name(VALIDATE)), metrics),
         CHECK.full_name: CheckRecall(validator, reader, writer, metrics.tally(method_name(CHECK)), metrics),
     }
-    return Backend(validator=validator, recalls=recalls, boottime=boottime, services=services)
+    return Backend(validator=validator, trail=store, recalls=recalls, boottime=boottime, services=services)
 
 
 Result = TypeVar("Result")

@@ -34,6 +34,10 @@ def main() -> None:
     commands.add_parser("serve", help="serve")
     commands.add_parser("migrate", help="bring the database's schema up to date, and stop")
     commands.add_parser("health", help="exit with 0 if the service on LATCHGATE_LISTEN is healthy, else with 1")
+    audit = commands.add_parser("audit", help="look after the audit trail: audit verify")
+    auditing = audit.add_subparsers(dest="audit_command", required=True, metavar="COMMAND")
+    verify = auditing.add_parser("verify", help="find what was changed or removed; exit with 0 if it is whole, else with 1")
+    verify.add_argument("--organization", default="", metavar="ID", help="this one's alone")
     # Not listed: the first two start it.
     worker = commands.add_parser("worker")
     worker.add_argument("number", type=int)
@@ -76,6 +80,8 @@ def _work(arguments: argparse.Namespace) -> Coroutine[Any, Any, int | None]:
         settings = config.load()
     from latchgate import commands
 
+    if command == "audit":
+        return commands.verify_audit(settings, arguments.organization)
     return {"run": commands.run, "serve": commands.serve, "migrate": commands.migrate}[command](settings)
 
 

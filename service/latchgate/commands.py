@@ -83,14 +83,34 @@ async def migrate(settings: Settings) -> None:
     with _plain_errors(signals):
         try:
             async with AsyncExitStack() as stack:
-                dsn = await database_address(stack, settings)
-                versions = await signals.unless_stopped(schema.migrate(dsn))
+                address = await database_address(stack, settings)
+                versions = await signals.unless_stopped(schema.migrate_for(*address))
         except schema.SchemaError as error:
             raise CommandError(str(error)) from None
     if versions is None:
         raise CommandError("stopped by a signal; what was not finished is undone, and the next time begins there")
     before, after = versions
     print(f"schema {after}" + ("" if before == after else f" (was {before or 'empty'})"))
+
+
+async def verify_audit(settings: Settings, organization_id: str) -> int:
+    """Walks along the audit trail of one organization or of all, and says whether each is whole; gives the exit status.
+
+    Raises CommandError.
+    """
+    # It needs the database alone.
+    from latchgate import auditing  # noqa: PLC0415
+
+    _configure_logging(settings)
+    signals = _listen_for_signals(settings, is_renewable=False)
+    whole = None
+    with _plain_errors(signals):
+        async with AsyncExitStack() as stack:
+            address = await database_address(stack, settings)
+            whole = await signals.unless_stopped(auditing.verify(address.owner, organization_id, print))
+    if whole is None:
+        raise CommandError("stopped by a signal; what was not said above was not looked at")
+    return 0 if whole else 1
 
 
 async def _serve(settings: Settings, welcome: Welcome, farewell: Callable[[], None]) -> None:
@@ -101,13 +121,17 @@ async def _serve(settings: Settings, welcome: Welcome, farewell: Callable[[], No
     with _plain_errors(signals):
         async with AsyncExitStack() as stack:
             # Before the ports: of two that are started on the same data, the second is to hear of the data.
-            dsn = await database_address(stack, settings)
+            address = await database_address(stack, settings)
             metrics = FleetMetrics()
             registry = CollectorRegistry()
             registry.register(metrics)
             metrics_listen = serve_metrics(stack, settings.metrics_listen, registry)
             listen = hold_port(stack, settings.listen, "LATCHGATE_LISTEN")
-            addresses = {"LATCHGATE_DATABASE_URL": dsn, "LATCHGATE_LISTEN": listen}
+            addresses = {
+                "LATCHGATE_DATABASE_URL": address.service,
+                "LATCHGATE_OWNER_DATABASE_URL": address.owner,
+                "LATCHGATE_LISTEN": listen,
+            }
             if settings.http_listen:
                 held = hold_port(stack, settings.http_listen, "LATCHGATE_HTTP_LISTEN")
                 addresses["LATCHGATE_HTTP_LISTEN"] = held

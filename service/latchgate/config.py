@@ -135,6 +135,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, env_ignore_empty=True, extra="ignore")
 
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = None
+    owner_database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = None
     data_dir: Path = Path(".latchgate")
     pool_size: int = Field(default=10, ge=1, le=1000)
     lease_seconds: float = Field(default=10.0, ge=0.2, le=MAX_LEASE_S)
@@ -158,6 +159,7 @@ class Settings(BaseSettings):
     prefix_publishable_live: TokenPrefix = "lk_pk_"
     prefix_publishable_test: TokenPrefix = "lk_pk_test_"
     usage_flush_seconds: float = Field(default=5.0, gt=0, le=3600)
+    audit_retention_days: int = Field(default=400, ge=30, le=36_500)
     drain_seconds: float = Field(default=20.0, ge=0, le=3600)
     log_level: LogLevel = LogLevel.INFO
     log_format: LogFormat = LogFormat.CONSOLE
@@ -174,6 +176,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        if self.owner_database_url is not None and self.database_url is None:
+            raise ValueError("LATCHGATE_OWNER_DATABASE_URL: needs LATCHGATE_DATABASE_URL")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("LATCHGATE_TLS_CERT and LATCHGATE_TLS_KEY: must be set together")
         if self.tls_client_ca is not None and self.tls_cert is None:

@@ -8,26 +8,37 @@ import re
 import signal
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from latchgate.config import Settings, SettingsError
 from latchgate.storage.embedded import EmbeddedDatabaseError, EmbeddedPostgres
 from latchgate.storage.postgres import translated
 
 
-async def database_address(stack: AsyncExitStack, settings: Settings) -> str:
-    """Gives the address of the database, after starting the embedded one if none is named; `stack` stops that one.
+class DatabaseAddress(NamedTuple):
+    """Where the database is: for the service, and for the owner of its schema, who may be another user."""
+
+    service: str
+    owner: str
+
+
+async def database_address(stack: AsyncExitStack, settings: Settings) -> DatabaseAddress:
+    """Gives where the database is, after starting the embedded one if none is named; `stack` stops that one.
 
     Raises SettingsError, EmbeddedDatabaseError and StorageUnavailableError.
     """
     if settings.database_url is not None:
-        return settings.database_url.get_secret_value()
+        service = settings.database_url.get_secret_value()
+        owner = settings.owner_database_url
+        return DatabaseAddress(service, owner.get_secret_value() if owner else service)
     _make_data_dir(settings.data_dir)
     # On a thread: starting and stopping take seconds, and signals must be heard meanwhile.
     starting = asyncio.create_task(asyncio.to_thread(EmbeddedPostgres.start, settings.data_dir))
     stack.push_async_callback(_stop_embedded, starting)
     embedded = await asyncio.shield(starting)
     with translated():
-        return await embedded.create_database()
+        owner_address = await embedded.create_database()
+    return DatabaseAddress(embedded.service_address(), owner_address)
 
 
 def _make_data_dir(path: Path) -> None:

@@ -200,6 +200,11 @@ class Metrics:
         )
         self._exchanged = self._rate_statements.labels(result="answered")
         self._not_exchanged = self._rate_statements.labels(result="error")
+        self._unrecorded = Counter(
+            "latchgate_audit_unrecorded",
+            "Refused calls of management that could not be recorded in the audit trail.",
+            registry=registry,
+        )
         self._readings = Counter(
             "latchgate_log_readings", "Readings of the change log, by what they led to.", ["result"], registry=registry
         )
@@ -267,6 +272,10 @@ class Metrics:
     def not_exchanged(self) -> None:
         """The store of rate limits has not answered."""
         self._not_exchanged.inc()
+
+    def unrecorded(self) -> None:
+        """A refused call of management could not be recorded."""
+        self._unrecorded.inc()
 
     def reading(self, result: Reading, changes: int) -> None:
         """The log of changes was read."""

@@ -38,3 +38,6 @@ class CallObserver(Protocol):
 
     def finished(self, method: str, code: str, seconds: float) -> None:
         """A call of `method` ended with the gRPC status `code`."""
+
+    def unrecorded(self) -> None:
+        """A refused call of management could not be recorded in the audit trail."""

@@ -30,6 +30,8 @@ from support.databases import (
     insert_organization,
     opened,
     run_cancelled,
+    store_organization,
+    store_plan,
     until,
 )
 from support.records import NOW_S, ManualClock
@@ -399,8 +401,8 @@ async def test_known_and_unknown_digests_are_told_apart(store: PostgresStore, fi
     await insert_organization(store)
     limited, limited_token = await insert_key(store, rate_limit_per_minute=7, allowed_cidrs=("10.0.0.0/8",))
     plain, plain_token = await insert_key(store, permissions=("read",))
-    await store.insert_plan("fast", 60, 10)
-    await store.insert_organization("other", "Other", "fast", ())
+    await store_plan(store, "fast", 60, 10)
+    await store_organization(store, "other", "Other", "fast")
     planned, planned_token = await insert_key(store, "other")
     tokens = [limited_token, plain_token, planned_token, "unknown"]
 

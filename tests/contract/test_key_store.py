@@ -32,6 +32,8 @@ from support.databases import (
     key_manager,
     opened,
     started_and_waiting,
+    store_organization,
+    store_plan,
 )
 
 LATER = datetime(2090, 1, 1, tzinfo=UTC)
@@ -136,8 +138,8 @@ async def test_unknown_ids_are_none(store: PostgresStore) -> None:
 async def test_organizations_and_plans_are_read_as_they_were_stored(store: PostgresStore) -> None:
     """Every field of an organization and of a plan comes back as it went in; lists go by id, from the given one on."""
     scopes = (Scope(name="a:b", description="ä"), Scope(name="c"))
-    plan = await store.insert_plan("small", 5, 2)
-    organization = await store.insert_organization("acme", "Acmé", "small", scopes)
+    plan = await store_plan(store, "small", 5, 2)
+    organization = await store_organization(store, "acme", "Acmé", "small", scopes)
 
     assert ("small", 5, 2) == (plan.id, plan.rate_limit_per_minute, plan.max_keys)
     assert ("acme", "Acmé", "small", True, scopes, 0, 2) == (
@@ -174,15 +176,15 @@ async def test_organizations_and_plans_are_read_as_they_were_stored(store: Postg
 
 async def test_taken_ids_and_missing_plans_are_told(store: PostgresStore) -> None:
     """An id that is taken and a plan that is missing are domain errors, and leave nothing behind."""
-    await store.insert_plan("small", 0, 1)
-    await store.insert_organization("acme", "Acme", "small", ())
+    await store_plan(store, "small", 0, 1)
+    await store_organization(store, "acme", "Acme", "small")
 
     with pytest.raises(PlanExistsError):
-        await store.insert_plan("small", 0, 1)
+        await store_plan(store, "small", 0, 1)
     with pytest.raises(OrganizationExistsError):
-        await store.insert_organization("acme", "Acme", "small", ())
+        await store_organization(store, "acme", "Acme", "small")
     with pytest.raises(PlanNotFoundError):
-        await store.insert_organization("other", "Other", "none", ())
+        await store_organization(store, "other", "Other", "none")
     acme = await store.get_organization("acme")
     assert acme is not None
     with pytest.raises(PlanNotFoundError):
@@ -261,7 +263,7 @@ async def test_lock_shows_what_its_last_holder_left(store: PostgresStore, observ
     has given the organization another plan.
     """
     await insert_organization(store)
-    large = await store.insert_plan("large", 0, 5000)
+    large = await store_plan(store, "large", 0, 5000)
     key, _ = await insert_key(store)
 
     async def organization() -> Organization | None:

@@ -17,7 +17,7 @@ from latchgate.domain.token import digest
 from latchgate.storage import queries, rows
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.stores import PostgresStore
-from support.databases import insert_key, show
+from support.databases import insert_key, show, store_organization
 
 KEY_COLUMNS = {
     "id", "organization_id", "name", "key_type", "environment", "permissions", "rate_limit_per_minute", "active",
@@ -33,6 +33,10 @@ FOUND_COLUMNS = {
     "secret_id", "key_id", "organization_id", "organization_active", "key_name", "key_type", "environment",
     "permissions", "allowed_cidrs", "rate_limit_per_minute", "active", "revoked", "expire_s", "secret_end_s",
     "create_s", "user_id", "user_email", "metadata", "plan_id",
+}  # fmt: skip
+AUDIT_COLUMNS = {
+    "organization_id", "sequence", "event_time", "actor_key_id", "actor_organization_id", "certificate", "peer", "method",
+    "request_id", "entity", "entity_id", "before_change", "after_change", "revision", "code", "reason", "hash",
 }  # fmt: skip
 LOG_COLUMNS = {"head", "timeline", "now_s", "is_member", "entity", "entity_id"}
 
@@ -85,6 +89,19 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "REQUEST_ANSWER": ("bytea text int8 bytea", set()),
     "REQUEST_CLEAR": ("interval int8", set()),
     "REQUEST_DELETE": ("interval int8", set()),
+    "AUDIT_HEAD_LOCK": ("text", {"sequence", "hash", "event_time"}),
+    "AUDIT_EVENT_INSERT": (
+        "text int8 timestamptz text text text text text text text text jsonb jsonb int8 text text bytea",
+        set(),
+    ),
+    "AUDIT_EVENT_LIST": ("text int8 text text text text text timestamptz timestamptz int8", AUDIT_COLUMNS),
+    "AUDIT_EVENT_WALK": ("text int8 int8 int8", AUDIT_COLUMNS),
+    "AUDIT_CHAIN_LIST": ("", {"organization_id", "sequence", "hash", "start_sequence", "start_hash"}),
+    "AUDIT_ORPHAN_LIST": ("", {"organization_id"}),
+    "AUDIT_MAKE_PARTITIONS": ("", {"audit_make_partitions"}),
+    "AUDIT_FORGET": ("interval", {"audit_forget"}),
+    "ROLE_CURRENT": ("", {"current_user"}),
+    "ROLE_GRANTS": ("text", {"statement"}),
     "MIGRATION_LOCK_TAKE": ("int8", {"pg_advisory_lock"}),
     "DEPLOYMENT_GET": ("text", {"value"}),
     "DEPLOYMENT_INSERT": ("text bytea", set()),
@@ -137,7 +154,7 @@ async def test_columns_are_those_that_are_read(database: Database, store: Postgr
     """Each column that a statement gives is read into its dataclass, none is asked for that it does not give, and each
     field holds a value of its declared type.
     """
-    await store.insert_organization("acme", "Acme", "default", (Scope(name="a:b", description="c"),))
+    await store_organization(store, "acme", "Acme", "default", (Scope(name="a:b", description="c"),))
     key, token = await insert_key(
         store,
         permissions=("read",),
@@ -211,7 +228,7 @@ async def test_what_may_be_none_is_what_may_be_null(observer: Connection) -> Non
 
 async def test_digest_is_32_bytes_and_unique(store: PostgresStore, observer: Connection) -> None:
     """The table of secrets takes no digest that is not 32 bytes long, and none twice."""
-    await store.insert_organization("acme", "Acme", "default", ())
+    await store_organization(store, "acme", "Acme", "default")
     key, token = await insert_key(store)
 
     async def complaint(value: bytes) -> str | None:

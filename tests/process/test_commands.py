@@ -212,3 +212,32 @@ async def test_warnings(database_url: str, tmp_path: Path) -> None:
         assert "hunter2" not in process.text
         process.tell(signal.SIGTERM)
         assert 0 == await process.ended()
+
+
+def test_audit_verify(ending: Ending, used_url: str) -> None:
+    """`audit verify` says of each organization's trail whether it is whole."""
+    status, out, _ = ending("audit", "verify", DATABASE_URL=used_url)
+    assert 0 == status
+    assert re.fullmatch(r"org_root: whole, up to event 1 with hash [0-9a-f]{64}\n", out)
+    assert "organization none has no audit trail" in assert_one_line(
+        ending("audit", "verify", "--organization", "none", DATABASE_URL=used_url)
+    )
+
+
+@pytest.fixture
+async def spoilt_url(used_url: str) -> str:
+    """A database whose audit trail has lost its last event."""
+    async with connected(used_url) as connection:
+        await connection.execute("UPDATE audit_head SET sequence = 2")
+    return used_url
+
+
+def test_audit_verify_finds_what_is_missing(ending: Ending, spoilt_url: str) -> None:
+    """Where an event is missing, `audit verify` says which one, and ends with 1."""
+    status, out, _ = ending("audit", "verify", DATABASE_URL=spoilt_url)
+    assert (1, "org_root: BROKEN: event 2 is missing\n") == (status, out)
+
+
+def test_audit_verify_without_a_database(ending: Ending) -> None:
+    """Where the database is away, `audit verify` says so in one line."""
+    assert "the database is not available" in assert_one_line(ending("audit", "verify", DATABASE_URL=NOBODY))

@@ -7,7 +7,7 @@ import gc
 import itertools
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
 from typing import Any, Generic, TypeVar
@@ -17,7 +17,18 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from latchgate.domain.keys import KeyManager
-from latchgate.domain.model import ROOT_ORGANIZATION_ID, Caller, Effect, Key, KeyDraft, KeyIdentity, NewKey
+from latchgate.domain.model import (
+    ROOT_ORGANIZATION_ID,
+    Caller,
+    Effect,
+    Key,
+    KeyDraft,
+    KeyIdentity,
+    NewKey,
+    Organization,
+    Plan,
+    Scope,
+)
 from latchgate.domain.permissions import Grants
 from latchgate.domain.token import TokenFormat
 from latchgate.storage import queries
@@ -92,9 +103,24 @@ async def insert_organization(store: PostgresStore, organization_id: str = "acme
     """Stores an organization with a plan of its own, and the key of ROOT_CALLER; gives the organization's id."""
     if await store.get_key(ROOT_CALLER.key_id) is None:
         await insert_key(store, ROOT_ORGANIZATION_ID, ROOT_CALLER.key_id)
-    await store.insert_plan(organization_id, 0, max_keys)
-    await store.insert_organization(organization_id, organization_id.title(), organization_id, ())
+    async with store.transaction() as transaction:
+        await transaction.insert_plan(organization_id, 0, max_keys)
+        await transaction.insert_organization(organization_id, organization_id.title(), organization_id, ())
     return organization_id
+
+
+async def store_plan(store: PostgresStore, plan_id: str, rate_limit_per_minute: int, max_keys: int) -> Plan:
+    """Stores a plan by itself."""
+    async with store.transaction() as transaction:
+        return await transaction.insert_plan(plan_id, rate_limit_per_minute, max_keys)
+
+
+async def store_organization(
+    store: PostgresStore, organization_id: str, name: str, plan_id: str, scopes: Sequence[Scope] = ()
+) -> Organization:
+    """Stores an organization by itself."""
+    async with store.transaction() as transaction:
+        return await transaction.insert_organization(organization_id, name, plan_id, scopes)
 
 
 @asynccontextmanager

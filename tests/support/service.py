@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
+from apikeys.v1.audit_service_pb2_grpc import AuditServiceStub
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from apikeys.v1.organization_service_pb2_grpc import OrganizationServiceStub
 from latchgate import config
@@ -75,6 +76,7 @@ class RunningService:
     channel: grpc.aio.Channel
     keys: Any
     organizations: Any
+    audit: Any
     root: Metadata
 
     async def create_organization(self, organization_id: str = "acme", plan_id: str = "") -> str:
@@ -148,5 +150,6 @@ async def run_service(database_url: str, **overrides: Any) -> AsyncIterator[Runn
                 channel=channel,
                 keys=KeyServiceStub(channel),
                 organizations=OrganizationServiceStub(channel),
+                audit=AuditServiceStub(channel),
                 root=bearer(ROOT_TOKEN),
             )

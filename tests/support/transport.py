@@ -21,6 +21,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from apikeys.v1 import audit_service_pb2 as audit_pb
 from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
@@ -29,6 +30,7 @@ from support.service import Metadata, RunningService
 SERVICES: Final = (
     keys_pb.DESCRIPTOR.services_by_name["KeyService"],
     organizations_pb.DESCRIPTOR.services_by_name["OrganizationService"],
+    audit_pb.DESCRIPTOR.services_by_name["AuditService"],
 )
 METHODS: Final[Mapping[str, MethodDescriptor]] = {
     method.name: method for service in SERVICES for method in service.methods
@@ -83,7 +85,8 @@ def call_raw(
 
 async def call(service: RunningService, method: str, request: Message, *, metadata: Metadata | None = None) -> Any:
     """Calls a method by its name; as root unless told otherwise."""
-    stub = service.keys if METHODS[method].containing_service.name == "KeyService" else service.organizations
+    stubs = {"KeyService": service.keys, "OrganizationService": service.organizations, "AuditService": service.audit}
+    stub = stubs[METHODS[method].containing_service.name]
     return await getattr(stub, method)(request, metadata=service.root if metadata is None else metadata)
 
 
@@ -304,5 +307,6 @@ def good_request(method: str, *, key_id: str, organization_id: str = "acme", tok
         "UpdatePlan": lambda: organizations_pb.UpdatePlanRequest(
             plan=organizations_pb.Plan(id="default", rate_limit_per_minute=6000)
         ),
+        "ListAuditEvents": lambda: audit_pb.ListAuditEventsRequest(organization_id=organization_id),
     }
     return make[method]()

@@ -11,11 +11,11 @@ from latchgate.domain.errors import (
     LatchgateError,
     OrganizationInactiveError,
 )
-from latchgate.domain.model import Caller, Outcome, Verdict
+from latchgate.domain.model import Call, Caller, Outcome, Verdict
 
 
-def caller_of(verdict: Verdict, answer_by_s: float = math.inf) -> Caller:
-    """Gives the caller whose token was judged, and who waits until `answer_by_s`.
+def caller_of(verdict: Verdict, answer_by_s: float = math.inf, call: Call | None = None) -> Caller:
+    """Gives the caller whose token was judged, who waits until `answer_by_s`, and whose call it is.
 
     Raises an UnauthenticatedError, a DeniedError or an ExhaustedError.
     """
@@ -28,6 +28,7 @@ def caller_of(verdict: Verdict, answer_by_s: float = math.inf) -> Caller:
         organization_id=record.organization_id,
         grants=record.grants,
         answer_by_s=answer_by_s,
+        call=call or Call(),
     )
 
 

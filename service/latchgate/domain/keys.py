@@ -12,6 +12,7 @@ from typing import TypedDict
 from uuid import UUID
 
 from latchgate.domain import access
+from latchgate.domain.audit import AuditEntry, key_snapshot
 from latchgate.domain.errors import (
     EtagMismatchError,
     InvalidFieldError,
@@ -112,6 +113,7 @@ class KeyManager:
                 id=self._make_id("key_"), organization_id=organization_id, created_by=caller.key_id, draft=draft
             )
             key = await transaction.insert_key(new_key, minted.secret)
+            await _record(transaction, caller, None, key)
             if retry:
                 await retry.keep(transaction, self._sealer, key_id=key.id, revision=0, token=minted.token)
         return Issued(key=key, token=minted.token, effect=Effect(revision=0))
@@ -156,7 +158,7 @@ class KeyManager:
             updated = replace(key, **changes)
             if updated != key:
                 await self._check_update(transaction, caller, key, updated)
-                key = await _save(transaction, updated)
+                key = await _save(transaction, caller, key, updated)
         return await self._changed(caller, key)
 
     async def _check_update(self, transaction: Transaction, caller: Caller, key: Key, updated: Key) -> None:
@@ -186,7 +188,7 @@ class KeyManager:
                 access.require_held_to_widen(caller, key, updated)
                 if not updated.active:
                     await _keep_a_root_key(transaction, key)
-                key = await _save(transaction, updated)
+                key = await _save(transaction, caller, key, updated)
         return await self._changed(caller, key)
 
     async def rotate(self, caller: Caller, key_id: str, grace: timedelta, request_id: UUID | None = None) -> Issued:
@@ -207,7 +209,7 @@ class KeyManager:
                 minted = self._tokens.mint(key.key_type, key.environment)
                 token = minted.token
                 await transaction.rotate_secret(key_id, minted.secret, grace)
-                key = await _save(transaction, key)
+                key = await _save(transaction, caller, key, key)
                 revision = key.revision
                 if retry:
                     await retry.keep(transaction, self._sealer, key_id=key_id, revision=revision, token=token)
@@ -221,7 +223,8 @@ class KeyManager:
             if key.revoke_time is None:
                 await _keep_a_root_key(transaction, key)
                 now = await transaction.now()
-                key = await _save(transaction, replace(key, revoke_time=now, revoke_reason=reason))
+                revoked = replace(key, revoke_time=now, revoke_reason=reason)
+                key = await _save(transaction, caller, key, revoked)
         return await self._changed(caller, key)
 
     async def delete(self, caller: Caller, key_id: str) -> Changed:
@@ -233,7 +236,8 @@ class KeyManager:
                 if key.revoke_time is None:
                     await _keep_a_root_key(transaction, key)
                 now = await transaction.now()
-                key = await _save(transaction, replace(key, revoke_time=key.revoke_time or now, delete_time=now))
+                deleted = replace(key, revoke_time=key.revoke_time or now, delete_time=now)
+                key = await _save(transaction, caller, key, deleted)
         return await self._changed(caller, key)
 
     async def publishable(self, caller: Caller, organization_id: str, environment: Environment) -> tuple[Key, str]:
@@ -269,8 +273,22 @@ async def _lock(transaction: Transaction, caller: Caller, key_id: str) -> Key:
     return key
 
 
-async def _save(transaction: Transaction, key: Key) -> Key:
-    return await transaction.save_key(key, await transaction.record_change("key", key.id))
+async def _save(transaction: Transaction, caller: Caller, before: Key, updated: Key) -> Key:
+    saved = await transaction.save_key(updated, await transaction.record_change("key", updated.id))
+    await _record(transaction, caller, before, saved)
+    return saved
+
+
+async def _record(transaction: Transaction, caller: Caller, before: Key | None, after: Key) -> None:
+    entry = AuditEntry(
+        organization_id=after.organization_id,
+        entity="key",
+        entity_id=after.id,
+        before=key_snapshot(before) if before else None,
+        after=key_snapshot(after),
+        revision=after.revision,
+    )
+    await transaction.record_audit(caller, entry)
 
 
 async def _keep_a_root_key(transaction: Transaction, key: Key) -> None:

@@ -324,6 +324,21 @@ class Verdict(NamedTuple):
     rate: RateState | None = None
 
 
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """How a management call has come: its method, from which address, with whose certificate, under which id.
+
+    The address and the certificate's subject are empty where there is none. `is_recorded` is set, as the only thing
+    that changes, once what the call does is written in the audit trail.
+    """
+
+    method: str = ""
+    peer: str = ""
+    certificate: str = ""
+    request_id: str = ""
+    is_recorded: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
     """Who makes a management call, by which secret of which key.
@@ -336,6 +351,7 @@ class Caller:
     organization_id: str
     grants: Grants
     answer_by_s: float = math.inf
+    call: Call = field(default_factory=Call, compare=False)
 
     @property
     def is_root(self) -> bool:

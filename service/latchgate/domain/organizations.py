@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from latchgate.domain import access
+from latchgate.domain.audit import AuditEntry, organization_snapshot, plan_snapshot
 from latchgate.domain.errors import InvalidFieldError, PlanNotFoundError, RootOrganizationError
 from latchgate.domain.model import (
     DEFAULT_PLAN_ID,
@@ -18,7 +19,7 @@ from latchgate.domain.model import (
     Plan,
     Scope,
 )
-from latchgate.domain.ports import EffectWaiter, IdMaker, OrganizationStore
+from latchgate.domain.ports import EffectWaiter, IdMaker, OrganizationStore, Transaction
 
 
 class OrganizationChanges(TypedDict, total=False):
@@ -68,9 +69,13 @@ class OrganizationManager:
         """Creates an organization."""
         access.require_root(caller)
         _check_scopes(scopes)
-        return await self._store.insert_organization(
-            organization_id or self._make_id("org_"), name, plan_id or DEFAULT_PLAN_ID, scopes
-        )
+        async with self._store.transaction() as transaction:
+            organization = await transaction.insert_organization(
+                organization_id or self._make_id("org_"), name, plan_id or DEFAULT_PLAN_ID, scopes
+            )
+            await access.require_still_in_use(caller, transaction)
+            await _record_organization(transaction, caller, None, organization, 0)
+        return organization
 
     async def get(self, caller: Caller, organization_id: str) -> Organization:
         """Reads an organization."""
@@ -104,13 +109,18 @@ class OrganizationManager:
                 raise access.organization_not_found(organization_id)
             await access.require_still_in_use(caller, transaction)
             revision = await transaction.record_change("organization", organization_id)
-            organization = await transaction.save_organization(replace(organization, **changes))
+            before, organization = organization, await transaction.save_organization(replace(organization, **changes))
+            await _record_organization(transaction, caller, before, organization, revision)
         return organization, await self._effects.wait(revision, caller.answer_by_s)
 
     async def create_plan(self, caller: Caller, plan_id: str, rate_limit_per_minute: int, max_keys: int) -> Plan:
         """Creates a plan."""
         access.require_root(caller)
-        return await self._store.insert_plan(plan_id, rate_limit_per_minute, max_keys)
+        async with self._store.transaction() as transaction:
+            plan = await transaction.insert_plan(plan_id, rate_limit_per_minute, max_keys)
+            await access.require_still_in_use(caller, transaction)
+            await _record_plan(transaction, caller, None, plan, 0)
+        return plan
 
     async def list_plans(self, caller: Caller, after: str, count: int) -> PlanPage:
         """Lists up to `count` plans by id, beyond the id `after`."""
@@ -127,8 +137,38 @@ class OrganizationManager:
                 raise PlanNotFoundError(f"plan {plan_id} does not exist")
             await access.require_still_in_use(caller, transaction)
             revision = await transaction.record_change("plan", plan_id)
-            plan = await transaction.save_plan(replace(plan, **changes))
+            before, plan = plan, await transaction.save_plan(replace(plan, **changes))
+            await _record_plan(transaction, caller, before, plan, revision)
         return plan, await self._effects.wait(revision, caller.answer_by_s)
+
+
+async def _record_organization(
+    transaction: Transaction, caller: Caller, before: Organization | None, after: Organization, revision: int
+) -> None:
+    entry = AuditEntry(
+        organization_id=after.id,
+        entity="organization",
+        entity_id=after.id,
+        before=organization_snapshot(before) if before else None,
+        after=organization_snapshot(after),
+        revision=revision,
+    )
+    await transaction.record_audit(caller, entry)
+
+
+async def _record_plan(
+    transaction: Transaction, caller: Caller, before: Plan | None, after: Plan, revision: int
+) -> None:
+    """Plans belong to no organization: they are in the trail of the service's own."""
+    entry = AuditEntry(
+        organization_id=ROOT_ORGANIZATION_ID,
+        entity="plan",
+        entity_id=after.id,
+        before=plan_snapshot(before) if before else None,
+        after=plan_snapshot(after),
+        revision=revision,
+    )
+    await transaction.record_audit(caller, entry)
 
 
 def _check_scopes(scopes: Sequence[Scope]) -> None:

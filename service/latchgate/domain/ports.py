@@ -9,7 +9,9 @@ from datetime import datetime, timedelta
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
+from latchgate.domain.audit import AuditEntry
 from latchgate.domain.model import (
+    Caller,
     Effect,
     Environment,
     Key,
@@ -115,6 +117,13 @@ class UsageRecorder(Protocol):
         """Takes note, without waiting for storage, of a use at a time of the database's clock in seconds since 1970."""
 
 
+class AuditTrail(Protocol):
+    """Keeps what calls leave behind that changed nothing."""
+
+    async def record_audit(self, caller: Caller, entry: AuditEntry) -> None:
+        """Records an entry by itself. Raises StorageUnavailableError and WriteUnknownError."""
+
+
 class EffectWaiter(Protocol):
     """Knows when a change holds everywhere."""
 
@@ -179,11 +188,19 @@ class Transaction(Protocol):
     async def rotate_secret(self, key_id: str, secret: NewSecret, grace: timedelta) -> None:
         """Stores a further secret; ends the newest one after `grace`, and all before it now."""
 
+    async def insert_organization(
+        self, organization_id: str, name: str, plan_id: str, scopes: Sequence[Scope]
+    ) -> Organization:
+        """Stores an organization. Raises OrganizationExistsError and PlanNotFoundError."""
+
     async def save_organization(self, organization: Organization) -> Organization:
         """Stores the changed fields of an organization that was locked. Raises PlanNotFoundError."""
 
     async def lock_plan(self, plan_id: str) -> Plan | None:
         """Reads a plan and keeps others from changing it until the end."""
+
+    async def insert_plan(self, plan_id: str, rate_limit_per_minute: int, max_keys: int) -> Plan:
+        """Stores a plan. Raises PlanExistsError."""
 
     async def save_plan(self, plan: Plan) -> Plan:
         """Stores the changed fields of a plan that was locked."""
@@ -192,6 +209,13 @@ class Transaction(Protocol):
         """Enters a change that validation can see into the log, and gives its revision.
 
         From here to the end of the transaction no other change can take a number: revisions follow commits.
+        """
+
+    async def record_audit(self, caller: Caller | None, entry: AuditEntry) -> None:
+        """Records in the audit trail what the transaction changes; without a caller, as the service's own work.
+
+        From here to the end of the transaction nobody else can record anything of the same organization: it is to be
+        the last thing that a transaction does, but for the answer to a request.
         """
 
     async def claim_request(self, slot: bytes, body_digest: bytes) -> AnsweredRequest | None:
@@ -229,19 +253,11 @@ class OrganizationStore(Protocol):
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """Opens a transaction; see KeyStore."""
 
-    async def insert_organization(
-        self, organization_id: str, name: str, plan_id: str, scopes: Sequence[Scope]
-    ) -> Organization:
-        """Stores an organization. Raises OrganizationExistsError and PlanNotFoundError."""
-
     async def get_organization(self, organization_id: str) -> Organization | None:
         """Reads an organization."""
 
     async def list_organizations(self, after: str, count: int) -> Sequence[Organization]:
         """Lists up to `count` organizations by id, beyond the id `after`."""
-
-    async def insert_plan(self, plan_id: str, rate_limit_per_minute: int, max_keys: int) -> Plan:
-        """Stores a plan. Raises PlanExistsError."""
 
     async def list_plans(self, after: str, count: int) -> Sequence[Plan]:
         """Lists up to `count` plans by id, beyond the id `after`."""

@@ -80,7 +80,8 @@ def _timestamp(time: datetime | None) -> timestamp_pb2.Timestamp | None:
     return message
 
 
-def _time(message: timestamp_pb2.Timestamp, field: str) -> datetime:
+def moment(message: timestamp_pb2.Timestamp, field: str) -> datetime:
+    """Reads a time. Raises InvalidFieldError for one that the calendar has not."""
     try:
         return message.ToDatetime(tzinfo=UTC)
     except (ValueError, OverflowError):
@@ -120,7 +121,7 @@ def key_draft(request: key_service_pb2.CreateKeyRequest) -> KeyDraft:
         environment=environment(request.environment),
         permissions=tuple(request.permissions),
         rate_limit_per_minute=request.rate_limit_per_minute,
-        expire_time=_time(request.expire_time, "expire_time") if request.HasField("expire_time") else None,
+        expire_time=moment(request.expire_time, "expire_time") if request.HasField("expire_time") else None,
         user_id=request.user_id,
         user_email=request.user_email,
         metadata=dict(sorted(request.metadata.items())),
@@ -168,7 +169,7 @@ def key_changes(request: key_service_pb2.UpdateKeyRequest) -> KeyChanges:
     if "rate_limit_per_minute" in fields:
         changes["rate_limit_per_minute"] = key.rate_limit_per_minute
     if "expire_time" in fields:
-        changes["expire_time"] = _time(key.expire_time, "key.expire_time") if key.HasField("expire_time") else None
+        changes["expire_time"] = moment(key.expire_time, "key.expire_time") if key.HasField("expire_time") else None
     if "metadata" in fields:
         changes["metadata"] = dict(key.metadata)
     if "allowed_cidrs" in fields:

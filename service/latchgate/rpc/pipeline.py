@@ -30,9 +30,11 @@ from latchgate.domain.errors import (
     CredentialsMissingError,
     StorageUnavailableError,
 )
-from latchgate.domain.model import Caller
+from latchgate.domain.model import Call, Caller
+from latchgate.domain.ports import AuditTrail
 from latchgate.domain.validation import Validator
 from latchgate.observers import CallObserver, Tally
+from latchgate.rpc.audited import call_of, entry_of
 from latchgate.rpc.peers import peer_address
 from latchgate.rpc.requests import check_rules, parse
 from latchgate.rpc.status import code_and_reason, internal_status, is_listed, status_of
@@ -60,10 +62,11 @@ class Backend:
     """What stands behind the handlers: who judges the callers' tokens, and the services by their full names.
 
     `recalls` answer from memory, where they can, by the full names of their methods; `boottime` is the clock by which
-    callers wait.
+    callers wait. Every call of management leaves something in the `trail`.
     """
 
     validator: Validator
+    trail: AuditTrail
     recalls: Mapping[str, FromMemory]
     boottime: Callable[[], float]
     services: Mapping[str, object]
@@ -119,16 +122,23 @@ class Pipeline:
 
         async def behave(raw: bytes, context: Context) -> Message:
             call = _Call(name, context, perf_counter())
+            request = None
             try:
                 backend = await self._admitted()
-                call.caller = await _identify(backend, context)
+                call.caller = await _identify(backend, context, call_of(name, context))
                 request = parse(request_type, raw)
                 check_rules(request)
-                return await handler(backend.services[service], request, call.caller)
+                answer = await handler(backend.services[service], request, call.caller)
+                if not call.caller.call.is_recorded:
+                    # Nobody is told anything that leaves no trace.
+                    await backend.trail.record_audit(call.caller, entry_of(call.caller, request, answer))
+                return answer
             except BaseException as error:
                 status = call.refuse(error)
                 if status is None:
                     raise
+                if call.caller is not None:
+                    await self._record_refusal(backend.trail, call, request)
             finally:
                 # Before the caller is told: who reads of an incident finds it in the log.
                 call.log()
@@ -136,6 +146,17 @@ class Pipeline:
             return await _abort(context, status)
 
         return behave
+
+    async def _record_refusal(self, trail: AuditTrail, call: _Call, request: Message | None) -> None:
+        """Records a refused call, as far as the trail can be written: the call ends as it would have."""
+        caller = call.caller
+        if caller is None:
+            return
+        try:
+            await trail.record_audit(caller, entry_of(caller, request, code=call.code.name, reason=call.reason))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caller is told of the first one
+            self._observer.unrecorded()
+            _log.warning("refusal_not_recorded", request_id=caller.call.request_id, error=type(error).__name__)
 
     def validation(
         self, method: MethodDescriptor, handler: ValidationHandler, refuse: Refuse | None = None
@@ -151,7 +172,7 @@ class Pipeline:
             code = grpc.StatusCode.OK
             try:
                 backend = await self._admitted()
-                caller = None if self._is_validate_open else await _identify(backend, context, cost=0)
+                caller = None if self._is_validate_open else await _identify(backend, context, Call(), cost=0)
                 request = raw if refuse else parse(request_type, raw)
                 return await handler(backend.services[service], request, caller)
             except BaseException as error:
@@ -232,11 +253,11 @@ def _described(method: MethodDescriptor) -> tuple[str, str, type[Message]]:
     return method_name(method), method.containing_service.full_name, GetMessageClass(method.input_type)
 
 
-async def _identify(backend: Backend, context: Context, cost: int = 1) -> Caller:
+async def _identify(backend: Backend, context: Context, call: Call, cost: int = 1) -> Caller:
     """Finds out who calls. A gateway's own key is not charged: its limit would be one on all that it asks about."""
     client_ip = peer_address(context.peer())
     verdict = await backend.validator.validate(_bearer_token(context), client_ip=client_ip, cost=cost)
-    return caller_of(verdict, _answer_by_s(context, backend.boottime()))
+    return caller_of(verdict, _answer_by_s(context, backend.boottime()), call)
 
 
 def _answer_by_s(context: Context, now_s: float) -> float:
@@ -256,6 +277,7 @@ class _Call:
         self._start_s = start_s
         self._facts: dict[str, object] = {}
         self.caller: Caller | None = None
+        self.reason = ""
         self.code = grpc.StatusCode.OK
 
     def seconds(self) -> float:
@@ -271,8 +293,8 @@ class _Call:
             self.code = grpc.StatusCode.UNKNOWN
             return None
         if is_listed(error):
-            self.code, reason = code_and_reason(error)
-            self._facts["reason"] = reason
+            self.code, self.reason = code_and_reason(error)
+            self._facts["reason"] = self.reason
             return status_of(error)
         self.code = grpc.StatusCode.INTERNAL
         incident = secrets.token_hex(4)
@@ -300,6 +322,7 @@ class _Call:
             peer=peer_address(self._context.peer()),
             caller=caller.key_id if caller else None,
             organization=caller.organization_id if caller else None,
+            request_id=caller.call.request_id if caller else None,
             **self._facts,
         )
 

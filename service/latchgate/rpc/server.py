@@ -15,8 +15,9 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from apikeys.v1 import key_service_pb2, organization_service_pb2
+from apikeys.v1 import audit_service_pb2, key_service_pb2, organization_service_pb2
 from latchgate.rpc import ext_authz
+from latchgate.rpc.audit_service import AuditService
 from latchgate.rpc.ext_authz import ExtAuthz
 from latchgate.rpc.health import Health
 from latchgate.rpc.key_service import KeyService
@@ -25,8 +26,9 @@ from latchgate.rpc.pipeline import Pipeline
 
 KEY_SERVICE: Final = key_service_pb2.DESCRIPTOR.services_by_name["KeyService"]
 ORGANIZATION_SERVICE: Final = organization_service_pb2.DESCRIPTOR.services_by_name["OrganizationService"]
+AUDIT_SERVICE: Final = audit_service_pb2.DESCRIPTOR.services_by_name["AuditService"]
 EXT_AUTHZ_SERVICE: Final[ServiceDescriptor] = external_auth_pb2.DESCRIPTOR.services_by_name["Authorization"]
-SERVICES: Final = (KEY_SERVICE, ORGANIZATION_SERVICE, EXT_AUTHZ_SERVICE)
+SERVICES: Final = (KEY_SERVICE, ORGANIZATION_SERVICE, AUDIT_SERVICE, EXT_AUTHZ_SERVICE)
 
 VALIDATE: Final = KEY_SERVICE.methods_by_name["Validate"]
 CHECK: Final = EXT_AUTHZ_SERVICE.methods_by_name["Check"]
@@ -122,9 +124,14 @@ def make_server(*, pipeline: Pipeline, shares_port: bool = False) -> RpcServer:
     Unless it `shares_port`, no other can have the same one: two must not do so by accident.
     """
     server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", int(shares_port))])
-    server.add_generic_rpc_handlers((_bind(KEY_SERVICE, KeyService, pipeline),))
-    server.add_generic_rpc_handlers((_bind(ORGANIZATION_SERVICE, OrganizationService, pipeline),))
-    server.add_generic_rpc_handlers((_bind(EXT_AUTHZ_SERVICE, ExtAuthz, pipeline),))
+    server.add_generic_rpc_handlers(
+        (
+            _bind(KEY_SERVICE, KeyService, pipeline),
+            _bind(ORGANIZATION_SERVICE, OrganizationService, pipeline),
+            _bind(AUDIT_SERVICE, AuditService, pipeline),
+            _bind(EXT_AUTHZ_SERVICE, ExtAuthz, pipeline),
+        )
+    )
     served = [service.full_name for service in SERVICES]
     health_servicer = Health(served)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -135,7 +142,7 @@ def make_server(*, pipeline: Pipeline, shares_port: bool = False) -> RpcServer:
 
 def _bind(
     service: ServiceDescriptor,
-    implementation: type[KeyService | OrganizationService | ExtAuthz],
+    implementation: type[KeyService | OrganizationService | AuditService | ExtAuthz],
     pipeline: Pipeline,
 ) -> grpc.GenericRpcHandler:
     """Binds every method of a service; one that is not implemented fails here, at the start."""

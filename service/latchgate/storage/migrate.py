@@ -19,6 +19,7 @@ from sqlalchemy.pool import NullPool
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.storage import queries
 from latchgate.storage.postgres import CONNECT_TIMEOUT_S, SESSION_KIND, Connection, translated, unavailable
+from latchgate.storage.roles import grant_to_service
 
 OLDEST_SERVER = 14
 LOCK_WAIT_S = 30.0
@@ -64,6 +65,17 @@ async def migrate(dsn: str, *, lock_wait_s: float = LOCK_WAIT_S) -> tuple[str | 
         ) from None
     finally:
         await engine.dispose()
+
+
+async def migrate_for(service_dsn: str, owner_dsn: str) -> tuple[str | None, str]:
+    """Does the same as the schema's owner, and gives the service's user its rights.
+
+    Raises what `migrate` does.
+    """
+    versions = await migrate(owner_dsn)
+    if owner_dsn != service_dsn:
+        await grant_to_service(owner_dsn, service_dsn)
+    return versions
 
 
 async def _connect(dsn: str, lock_wait_s: float) -> Connection:

@@ -493,6 +493,93 @@ WHERE slot IN (
 )
 """
 
+# The end of an organization's chain, taken until the end of the transaction, and the time of what comes next: by the
+# clock, once the lock is held, and never before the last event's.
+AUDIT_HEAD_LOCK = """
+INSERT INTO audit_head AS h (organization_id, sequence, hash, event_time)
+VALUES ($1, 0, decode(repeat('00', 32), 'hex'), '-infinity')
+ON CONFLICT (organization_id) DO UPDATE SET sequence = h.sequence
+RETURNING sequence, hash, greatest(event_time, clock_timestamp()) AS event_time
+"""
+
+# An event, and with it the new end of its chain, which must be locked. Values are in the order of the columns.
+AUDIT_EVENT_INSERT = """
+WITH moved AS (UPDATE audit_head SET sequence = $2, hash = $17, event_time = $3 WHERE organization_id = $1)
+INSERT INTO audit_event (organization_id, sequence, event_time, actor_key_id, actor_organization_id, certificate, peer,
+                         method, request_id, entity, entity_id, before_change, after_change, revision, code, reason,
+                         hash)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
+"""
+
+_AUDIT_EVENT = """
+SELECT organization_id, sequence, event_time, actor_key_id, actor_organization_id, certificate, peer, method, request_id,
+       entity, entity_id, before_change, after_change, revision, code, reason, hash
+FROM audit_event
+"""
+
+# Up to $10 events of an organization that match, newest first, before the sequence $2 (0 for the first page). Keyset
+# paging: what is recorded between two pages hides and repeats nothing. To be prepared anew for each call: its plan is for
+# the values at hand.
+AUDIT_EVENT_LIST = (
+    _AUDIT_EVENT
+    + """
+WHERE organization_id = $1 AND ($2::bigint = 0 OR sequence < $2)
+  AND ($3::text = '' OR actor_key_id = $3) AND ($4::text = '' OR entity = $4) AND ($5::text = '' OR entity_id = $5)
+  AND ($6::text = '' OR method = $6) AND ($7::text = '' OR code = $7)
+  AND ($8::timestamptz IS NULL OR event_time >= $8) AND ($9::timestamptz IS NULL OR event_time < $9)
+ORDER BY sequence DESC
+LIMIT $10
+"""
+)
+
+# Up to $4 events of an organization beyond the sequence $2 and up to $3, in their order.
+AUDIT_EVENT_WALK = (
+    _AUDIT_EVENT
+    + """
+WHERE organization_id = $1 AND sequence > $2 AND sequence <= $3
+ORDER BY sequence
+LIMIT $4
+"""
+)
+
+# Every chain by its organization: from which event on it is kept (0 and null for all), and its end.
+AUDIT_CHAIN_LIST = """
+SELECT h.organization_id, h.sequence, h.hash, coalesce(s.sequence, 0) AS start_sequence, s.hash AS start_hash
+FROM audit_head h LEFT JOIN audit_start s USING (organization_id)
+ORDER BY h.organization_id
+"""
+
+# Organizations with events, but without the end of a chain.
+AUDIT_ORPHAN_LIST = """
+SELECT DISTINCT e.organization_id FROM audit_event e
+WHERE NOT EXISTS (SELECT 1 FROM audit_head h WHERE h.organization_id = e.organization_id)
+"""
+
+# The partitions for what will come, and away with those that are too old; see the migration that makes the functions.
+AUDIT_MAKE_PARTITIONS = "SELECT audit_make_partitions()"
+AUDIT_FORGET = "SELECT audit_forget($1::interval)"
+
+ROLE_CURRENT = "SELECT current_user::text"
+
+# The statements that give the user $1 what the service needs of the schema: of the audit trail to read and to add.
+ROLE_GRANTS = """
+SELECT format('GRANT %s ON TABLE %I.%I TO %I',
+              CASE c.relname WHEN 'audit_event' THEN 'SELECT, INSERT'
+                             WHEN 'audit_head' THEN 'SELECT, INSERT, UPDATE'
+                             WHEN 'audit_start' THEN 'SELECT'
+                             WHEN 'alembic_version' THEN 'SELECT'
+                             ELSE 'SELECT, INSERT, UPDATE, DELETE' END,
+              n.nspname, c.relname, $1::text) AS statement
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = current_schema() AND c.relkind IN ('r', 'p') AND NOT c.relispartition
+UNION ALL
+SELECT format('GRANT USAGE ON SEQUENCE %I.%I TO %I', n.nspname, c.relname, $1::text)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = current_schema() AND c.relkind = 'S'
+UNION ALL
+SELECT format('GRANT USAGE ON SCHEMA %I TO %I', current_schema(), $1::text)
+"""
+
 # Held until the session ends: one process migrates, the others wait.
 MIGRATION_LOCK_TAKE = "SELECT pg_advisory_lock($1)"
 

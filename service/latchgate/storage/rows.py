@@ -11,6 +11,7 @@ from sys import intern
 
 import asyncpg
 
+from latchgate.domain.audit import AuditEvent, ChainedEvent
 from latchgate.domain.model import (
     Environment,
     Key,
@@ -132,6 +133,36 @@ def organization(row: Row) -> Organization:
         max_keys=row["max_keys"],
         create_time=row["create_time"],
         update_time=row["update_time"],
+    )
+
+
+def audit_values(event: AuditEvent) -> tuple[object, ...]:
+    """Gives an event's values in the order of the columns."""
+    return tuple(getattr(event, name) for name in AuditEvent.__slots__)
+
+
+def audit_event(row: Row) -> ChainedEvent:
+    """Reads an event with its hash."""
+    return ChainedEvent(
+        event=AuditEvent(
+            organization_id=row["organization_id"],
+            sequence=row["sequence"],
+            event_time=row["event_time"],
+            actor_key_id=row["actor_key_id"],
+            actor_organization_id=row["actor_organization_id"],
+            certificate=row["certificate"],
+            peer=row["peer"],
+            method=row["method"],
+            request_id=row["request_id"],
+            entity=row["entity"],
+            entity_id=row["entity_id"],
+            before=row["before_change"],
+            after=row["after_change"],
+            revision=row["revision"],
+            code=row["code"],
+            reason=row["reason"],
+        ),
+        hash=row["hash"],
     )
 
 

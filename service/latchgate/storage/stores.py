@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-import asyncpg
-
-from latchgate.domain.errors import OrganizationExistsError, PlanExistsError, PlanNotFoundError
-from latchgate.domain.model import Environment, Key, KeyFilter, Organization, Plan, Scope
+from latchgate.domain.audit import AuditEntry
+from latchgate.domain.model import Caller, Environment, Key, KeyFilter, Organization, Plan, Scope
 from latchgate.storage import queries, rows
 from latchgate.storage.postgres import Database
 from latchgate.storage.transaction import PostgresTransaction
 
 
 class PostgresStore:
-    """Implements latchgate.domain.ports.KeyStore and OrganizationStore."""
+    """Implements latchgate.domain.ports.KeyStore, OrganizationStore and AuditTrail."""
 
     def __init__(self, database: Database) -> None:
         """Takes the open database."""
@@ -26,6 +24,11 @@ class PostgresStore:
         """Opens a transaction that is committed at the end of the block, and undone if the block raises."""
         async with self._database.transaction() as connection:
             yield PostgresTransaction(connection)
+
+    async def record_audit(self, caller: Caller, entry: AuditEntry) -> None:
+        """Records an entry by itself."""
+        async with self.transaction() as transaction:
+            await transaction.record_audit(caller, entry)
 
     async def get_key(self, key_id: str) -> Key | None:
         """Reads a key."""
@@ -66,24 +69,6 @@ class PostgresStore:
             row = await connection.fetchrow(queries.ORGANIZATION_SCOPES, organization_id)
         return None if row is None else rows.scopes(row["scopes"])
 
-    async def insert_organization(
-        self, organization_id: str, name: str, plan_id: str, scopes: Sequence[Scope]
-    ) -> Organization:
-        """Stores an organization."""
-        try:
-            async with self._database.transaction() as connection:
-                await connection.execute(
-                    queries.ORGANIZATION_INSERT, organization_id, name, plan_id, rows.scopes_json(scopes)
-                )
-                row = await connection.fetchrow(queries.ORGANIZATION_GET, organization_id)
-        except asyncpg.UniqueViolationError:
-            raise OrganizationExistsError(f"organization {organization_id} exists already") from None
-        except asyncpg.ForeignKeyViolationError:
-            raise PlanNotFoundError(f"plan {plan_id} does not exist") from None
-        if row is None:
-            raise LookupError("an organization that was just stored is gone")
-        return rows.organization(row)
-
     async def get_organization(self, organization_id: str) -> Organization | None:
         """Reads an organization."""
         async with self._database.connection() as connection:
@@ -94,17 +79,6 @@ class PostgresStore:
         """Lists up to `count` organizations by id, beyond the id `after`."""
         async with self._database.connection() as connection:
             return [rows.organization(row) for row in await connection.fetch(queries.ORGANIZATION_LIST, after, count)]
-
-    async def insert_plan(self, plan_id: str, rate_limit_per_minute: int, max_keys: int) -> Plan:
-        """Stores a plan."""
-        try:
-            async with self._database.transaction() as connection:
-                row = await connection.fetchrow(queries.PLAN_INSERT, plan_id, rate_limit_per_minute, max_keys)
-        except asyncpg.UniqueViolationError:
-            raise PlanExistsError(f"plan {plan_id} exists already") from None
-        if row is None:
-            raise LookupError("a plan that was just stored is gone")
-        return rows.plan(row)
 
     async def list_plans(self, after: str, count: int) -> Sequence[Plan]:
         """Lists up to `count` plans by id, beyond the id `after`."""

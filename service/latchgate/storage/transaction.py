@@ -7,8 +7,9 @@ from datetime import datetime, timedelta
 
 import asyncpg
 
-from latchgate.domain.errors import PlanNotFoundError
-from latchgate.domain.model import Key, NewKey, NewSecret, Organization, Plan
+from latchgate.domain.audit import AuditEntry, AuditEvent, chain
+from latchgate.domain.errors import OrganizationExistsError, PlanExistsError, PlanNotFoundError
+from latchgate.domain.model import Caller, Key, NewKey, NewSecret, Organization, Plan, Scope
 from latchgate.domain.ports import AnsweredRequest
 from latchgate.storage import queries, rows
 from latchgate.storage.postgres import Connection
@@ -95,6 +96,20 @@ class PostgresTransaction:
         await self._connection.execute(queries.SECRET_END, key_id, grace)
         await self._insert_secret(key_id, secret)
 
+    async def insert_organization(
+        self, organization_id: str, name: str, plan_id: str, scopes: Sequence[Scope]
+    ) -> Organization:
+        """Stores an organization."""
+        try:
+            await self._connection.execute(
+                queries.ORGANIZATION_INSERT, organization_id, name, plan_id, rows.scopes_json(scopes)
+            )
+        except asyncpg.UniqueViolationError:
+            raise OrganizationExistsError(f"organization {organization_id} exists already") from None
+        except asyncpg.ForeignKeyViolationError:
+            raise PlanNotFoundError(f"plan {plan_id} does not exist") from None
+        return rows.organization(_one(await self._connection.fetchrow(queries.ORGANIZATION_GET, organization_id)))
+
     async def save_organization(self, organization: Organization) -> Organization:
         """Stores what can change of an organization."""
         try:
@@ -115,6 +130,14 @@ class PostgresTransaction:
         row = await self._connection.fetchrow(queries.PLAN_LOCK, plan_id)
         return None if row is None else rows.plan(row)
 
+    async def insert_plan(self, plan_id: str, rate_limit_per_minute: int, max_keys: int) -> Plan:
+        """Stores a plan."""
+        try:
+            row = await self._connection.fetchrow(queries.PLAN_INSERT, plan_id, rate_limit_per_minute, max_keys)
+        except asyncpg.UniqueViolationError:
+            raise PlanExistsError(f"plan {plan_id} exists already") from None
+        return rows.plan(_one(row))
+
     async def save_plan(self, plan: Plan) -> Plan:
         """Stores what can change of a plan."""
         row = await self._connection.fetchrow(queries.PLAN_UPDATE, plan.id, plan.rate_limit_per_minute, plan.max_keys)
@@ -125,6 +148,14 @@ class PostgresTransaction:
         await self._connection.execute(queries.CHANGE_LOCK_TAKE, queries.CHANGE_LOCK)
         revision: int = await self._connection.fetchval(queries.CHANGE_INSERT, entity, entity_id)
         return revision
+
+    async def record_audit(self, caller: Caller | None, entry: AuditEntry) -> None:
+        """Takes the end of the organization's chain, and adds an event to it."""
+        head = _one(await self._connection.fetchrow(queries.AUDIT_HEAD_LOCK, entry.organization_id))
+        event = AuditEvent.of(entry, caller, sequence=head["sequence"] + 1, event_time=head["event_time"])
+        await self._connection.execute(queries.AUDIT_EVENT_INSERT, *rows.audit_values(event), chain(head["hash"], event))
+        if caller is not None:
+            caller.call.is_recorded = True
 
     async def claim_request(self, slot: bytes, body_digest: bytes) -> AnsweredRequest | None:
         """Reserves a slot; a twin that is under way is waited for by the unique index."""

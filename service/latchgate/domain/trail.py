@@ -1,0 +1,74 @@
+"""Reading the audit trail, and finding out whether it is whole."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from latchgate.domain import access
+from latchgate.domain.audit import GENESIS, AuditFilter, ChainedEvent, chain
+from latchgate.domain.model import Caller
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """Where an organization's chain ends, and after which event what is kept of it begins."""
+
+    organization_id: str
+    sequence: int
+    hash: bytes
+    start_sequence: int = 0
+    start_hash: bytes = GENESIS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditPage:
+    """One page of events; `more` says whether another follows."""
+
+    events: Sequence[ChainedEvent]
+    more: bool
+
+
+class TrailReader(Protocol):
+    """The audit trail at rest. Every method raises StorageUnavailableError."""
+
+    async def list_events(self, event_filter: AuditFilter, before: int, count: int) -> Sequence[ChainedEvent]:
+        """Lists up to `count` events that match, newest first, before the sequence `before` (0: from the newest)."""
+
+    async def has_organization(self, organization_id: str) -> bool:
+        """Says whether there is such an organization."""
+
+
+class AuditReader:
+    """Lists events."""
+
+    def __init__(self, trail: TrailReader) -> None:
+        """Takes the trail."""
+        self._trail = trail
+
+    async def list(self, caller: Caller, event_filter: AuditFilter, before: int, count: int) -> AuditPage:
+        """Lists up to `count` events before a sequence, newest first. The filter's organization may be empty."""
+        access.require(caller, access.READ_AUDIT)
+        organization_id = access.organization_for(caller, event_filter.organization_id)
+        events = await self._trail.list_events(replace(event_filter, organization_id=organization_id), before, count + 1)
+        if not events and not await self._trail.has_organization(organization_id):
+            raise access.organization_not_found(organization_id)
+        return AuditPage(events=events[:count], more=len(events) > count)
+
+
+async def find_break(kept: Chain, events: AsyncIterator[ChainedEvent]) -> str:
+    """Walks along the events of a chain, in their order, and says what is wrong with them; nothing if it is whole."""
+    sequence, last = kept.start_sequence, kept.start_hash
+    async for each in events:
+        if each.event.sequence != sequence + 1:
+            return f"event {sequence + 1} is missing"
+        sequence += 1
+        if chain(last, each.event) != each.hash:
+            return f"event {sequence} is not what was recorded, or follows another than it did"
+        last = each.hash
+    if sequence < kept.sequence:
+        return f"event {sequence + 1} is missing"
+    if (sequence, last) != (kept.sequence, kept.hash):
+        return f"event {sequence} is not where the trail ends"
+    return ""
