@@ -25,16 +25,16 @@ from latchgate.domain.errors import UnavailableError
 from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import Scope
 from latchgate.domain.organizations import OrganizationManager
-from latchgate.domain.trail import AuditReader
 from latchgate.domain.token import TokenFormat, digest
+from latchgate.domain.trail import AuditReader
 from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
 from latchgate.draining import drain
 from latchgate.limiting import SharedLimiter
 from latchgate.listening import PortError, Role, serve_metrics
 from latchgate.observability import Metrics
 from latchgate.rpc import convert
-from latchgate.rpc.audit_service import AuditService
 from latchgate.rpc.answers import AnswerWriter
+from latchgate.rpc.audit_service import AuditService
 from latchgate.rpc.check_request import CheckReader
 from latchgate.rpc.check_response import CheckWriter
 from latchgate.rpc.ext_authz import CheckRecall, ExtAuthz

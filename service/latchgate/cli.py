@@ -36,7 +36,9 @@ def main() -> None:
     commands.add_parser("health", help="exit with 0 if the service on LATCHGATE_LISTEN is healthy, else with 1")
     audit = commands.add_parser("audit", help="look after the audit trail: audit verify")
     auditing = audit.add_subparsers(dest="audit_command", required=True, metavar="COMMAND")
-    verify = auditing.add_parser("verify", help="find what was changed or removed; exit with 0 if it is whole, else with 1")
+    verify = auditing.add_parser(
+        "verify", help="find what was changed or removed; exit with 0 if it is whole, else with 1"
+    )
     verify.add_argument("--organization", default="", metavar="ID", help="this one's alone")
     # Not listed: the first two start it.
     worker = commands.add_parser("worker")

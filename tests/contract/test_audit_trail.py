@@ -115,7 +115,7 @@ async def test_a_whole_trail(store: PostgresStore, database_url: str) -> None:
         ("DELETE FROM audit_head", "there are events, but not where the trail ends"),
         (
             "UPDATE audit_head SET sequence = 4, hash = (SELECT hash FROM audit_event WHERE sequence = 4)",
-            "event 5 is not where the trail ends",
+            "event 5 lies beyond the end of the trail",
         ),
     ],
 )
@@ -127,10 +127,6 @@ async def test_what_is_done_behind_the_services_back_shows(
     await unlocked(observer, statement)
     whole, lines = await said(database_url)
     assert not whole
-    if "audit_head SET" in statement:
-        # Events beyond the end are not looked at while the service may be adding some; the next one betrays it.
-        await record(store, 1)
-        whole, lines = await said(database_url)
     assert [f"acme: BROKEN: {expected}"] == lines
 
 
@@ -145,8 +141,8 @@ async def test_events_at_once_follow_each_other(store: PostgresStore, database_u
 async def test_months_that_are_too_old_are_dropped(
     trail: PostgresTrail, store: PostgresStore, observer: Connection, database_url: str
 ) -> None:
-    """Months are dropped once all their events are too old, and what is left is still found whole; what is younger than 30
-    days stays, whatever is asked for. There is room for the months to come.
+    """Months are dropped once all their events are too old, and what is left is still found whole; what is younger than
+    30 days stays, whatever is asked for. There is room for the months to come.
     """
     await record(store)
     await grow_old(observer, 4, up_to=3)
@@ -157,8 +153,8 @@ async def test_months_that_are_too_old_are_dropped(
     await record(store)
     await keep_trail(trail, timedelta(days=30))
     assert (True, "acme: whole, kept from event 4 on, up to event 10") == _short(await said(database_url))
-    months = await observer.fetch("SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'audit_event'::regclass")
-    assert 4 == len(months)
+    months = "SELECT count(*) FROM pg_inherits WHERE inhparent = 'audit_event'::regclass"
+    assert 4 == await observer.fetchval(months)
 
 
 def _short(told: tuple[bool, list[str]]) -> tuple[bool, str]:
@@ -223,7 +219,7 @@ async def service_url(empty_database_url: str) -> AsyncIterator[str]:
     ],
 )
 async def test_the_services_user_can_not_touch_the_trail(service_url: str, statement: str) -> None:
-    """A user that does not own the schema can neither change nor remove what is recorded, nor take away what guards it."""
+    """A user that does not own the schema can neither change nor remove what is recorded, nor what guards it."""
     async with connected(service_url) as connection:
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await connection.execute(statement)

@@ -35,8 +35,9 @@ FOUND_COLUMNS = {
     "create_s", "user_id", "user_email", "metadata", "plan_id",
 }  # fmt: skip
 AUDIT_COLUMNS = {
-    "organization_id", "sequence", "event_time", "actor_key_id", "actor_organization_id", "certificate", "peer", "method",
-    "request_id", "entity", "entity_id", "before_change", "after_change", "revision", "code", "reason", "hash",
+    "organization_id", "sequence", "event_time", "actor_key_id", "actor_organization_id", "certificate",
+    "peer", "method", "request_id", "entity", "entity_id", "before_change", "after_change", "revision", "code", "reason",
+    "hash",
 }  # fmt: skip
 LOG_COLUMNS = {"head", "timeline", "now_s", "is_member", "entity", "entity_id"}
 
@@ -96,7 +97,7 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     ),
     "AUDIT_EVENT_LIST": ("text int8 text text text text text timestamptz timestamptz int8", AUDIT_COLUMNS),
     "AUDIT_EVENT_WALK": ("text int8 int8 int8", AUDIT_COLUMNS),
-    "AUDIT_CHAIN_LIST": ("", {"organization_id", "sequence", "hash", "start_sequence", "start_hash"}),
+    "AUDIT_CHAIN_LIST": ("", {"organization_id", "sequence", "hash", "start_sequence", "start_hash", "last_sequence"}),
     "AUDIT_ORPHAN_LIST": ("", {"organization_id"}),
     "AUDIT_MAKE_PARTITIONS": ("", {"audit_make_partitions"}),
     "AUDIT_FORGET": ("interval", {"audit_forget"}),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 import pytest
 from google.protobuf import json_format, timestamp_pb2
+from google.protobuf.struct_pb2 import Struct
 
 from apikeys.v1 import audit_service_pb2 as pb
 from apikeys.v1 import key_pb2
@@ -29,6 +31,12 @@ async def events_of(tenant: Tenant, caller: Metadata | None = None, **fields: An
         pb.ListAuditEventsRequest(**fields), metadata=caller or tenant.admin
     )
     return list(answer.events)
+
+
+def shown_of(struct: Struct) -> dict[str, Any]:
+    """Gives what a snapshot says."""
+    shown: dict[str, Any] = json_format.MessageToDict(struct)
+    return shown
 
 
 async def test_life_of_a_key(acme: Tenant) -> None:
@@ -57,10 +65,10 @@ async def test_life_of_a_key(acme: Tenant) -> None:
         for each in events
     }
     assert not events[0].HasField("before")
-    assert ("ci", ["read"]) == (events[0].after["name"], list(events[0].after["permissions"]))
+    assert ("ci", ["read"]) == (shown_of(events[0].after)["name"], shown_of(events[0].after)["permissions"])
     assert ("ci", "cd") == (events[1].before["name"], events[1].after["name"])
     assert [(True, False), (False, True)] == [(each.before["active"], each.after["active"]) for each in events[2:4]]
-    assert rotated.key.prefix == events[4].after["hints"][0]
+    assert rotated.key.prefix == shown_of(events[4].after)["hints"][0]
     assert "leaked" == events[5].after["revoke_reason"]
     assert revoked.effect.revision == events[5].revision
     assert events[5].before["revoke_time"] is None
@@ -95,7 +103,7 @@ async def test_refused_calls(acme: Tenant, rival: Tenant) -> None:
     await refusal(acme.create(keys_pb.CreateKeyRequest(name="")))
     await refusal(acme.list(organization_id=rival.id))
 
-    found = [(each.method, each.code, each.reason, each.entity_id) for each in await events_of(acme)][1:]
+    found = [(each.method, each.code, each.reason, each.entity_id) for each in await events_of(acme)]
 
     assert [
         ("KeyService/ListKeys", "NOT_FOUND", "ORGANIZATION_NOT_FOUND", rival.id),
@@ -151,8 +159,8 @@ async def test_the_request_id_is_the_callers(acme: Tenant) -> None:
 
 
 async def test_what_root_does_to_an_organization(alone: RunningService) -> None:
-    """What root does to an organization is in that organization's trail, where its admins see it; what is nobody's, such
-    as plans, is in the service's own, and so is how the root key was made.
+    """What root does to an organization is in that organization's trail, where its admins see it; what is nobody's,
+    such as plans, is in the service's own, and so is how the root key was made.
     """
     await alone.create_organization()
     await update_organization(alone, organizations_pb.Organization(id="acme", name="Acme & Co"), "name")
@@ -173,7 +181,7 @@ async def test_what_root_does_to_an_organization(alone: RunningService) -> None:
     ] == await methods("acme")
     assert ["OrganizationService/ListPlans", ""] == await methods("org_root")
     answer = await alone.audit.ListAuditEvents(pb.ListAuditEventsRequest(), metadata=bearer(created.token))
-    assert {"org_root"} == {event.actor_organization_id for event in answer.events if event.method != "AuditService/ListAuditEvents"}
+    assert {"org_root"} == {event.actor_organization_id for event in answer.events}
 
 
 async def test_filters(acme: Tenant) -> None:
@@ -185,7 +193,7 @@ async def test_filters(acme: Tenant) -> None:
     every = await events_of(acme)
     actor = next(each.actor_key_id for each in every if each.method == "KeyService/ToggleKey")
 
-    for fields, matches in (
+    cases: tuple[tuple[dict[str, Any], Callable[[pb.AuditEvent], bool]], ...] = (
         ({"actor_key_id": actor}, lambda each: each.actor_key_id == actor),
         ({"entity": "key"}, lambda each: each.entity == "key"),
         ({"entity_id": created.key.id}, lambda each: each.entity_id == created.key.id),
@@ -195,7 +203,8 @@ async def test_filters(acme: Tenant) -> None:
             {"actor_key_id": actor, "code": "OK"},
             lambda each: each.actor_key_id == actor and each.code == "OK",
         ),
-    ):
+    )
+    for fields, matches in cases:
         expected = [each.sequence for each in every if matches(each)]
         assert expected
         # Its own reading is newer than what it is compared with.

@@ -33,7 +33,8 @@ def made(count: int = 5) -> list[ChainedEvent]:
 
 def end_of(events: Sequence[ChainedEvent], **start: Any) -> Chain:
     """Where a chain ends."""
-    return Chain(organization_id="acme", sequence=events[-1].event.sequence, hash=events[-1].hash, **start)
+    last = events[-1].event.sequence
+    return Chain(organization_id="acme", sequence=last, hash=events[-1].hash, **({"last_sequence": last} | start))
 
 
 async def found(kept: Chain, events: Sequence[ChainedEvent]) -> str:
@@ -99,7 +100,8 @@ async def test_an_event_with_its_hash_made_anew() -> None:
 async def test_events_beyond_the_end() -> None:
     """An event that was added behind the end of the trail shows."""
     events = made()
-    assert "event 5 is not where the trail ends" == await found(end_of(events[:4]), events)
+    shorter = end_of(events[:4], last_sequence=5)
+    assert "event 5 lies beyond the end of the trail" == await found(shorter, events[:4])
 
 
 def test_the_canonical_form() -> None:

@@ -114,7 +114,7 @@ def chain(previous: bytes, event: AuditEvent) -> bytes:
 
 
 def canonical(event: AuditEvent) -> bytes:
-    """Writes an event as it is hashed: JSON in UTF-8 with sorted names and no spaces, the time in UTC with microseconds.
+    """Writes an event as it is hashed: JSON in UTF-8, names sorted, without spaces, its time in UTC to the microsecond.
 
     Names are the fields' own; nothing is left out.
     """
@@ -124,7 +124,7 @@ def canonical(event: AuditEvent) -> bytes:
 
 
 def key_snapshot(key: Key) -> dict[str, object]:
-    """Gives what the trail shows of a key: all that management shows and that a change can alter, of tokens the hints."""
+    """Gives what the trail shows of a key: all of it that a change can alter, and of tokens the hints."""
     return {
         "name": key.name,
         "key_type": key.key_type.value,

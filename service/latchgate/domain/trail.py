@@ -13,11 +13,15 @@ from latchgate.domain.model import Caller
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chain:
-    """Where an organization's chain ends, and after which event what is kept of it begins."""
+    """Where an organization's chain ends, and after which event what is kept of it begins.
+
+    `last_sequence` is that of the last event that there is: of a whole chain, its end's.
+    """
 
     organization_id: str
     sequence: int
     hash: bytes
+    last_sequence: int
     start_sequence: int = 0
     start_hash: bytes = GENESIS
 
@@ -51,7 +55,9 @@ class AuditReader:
         """Lists up to `count` events before a sequence, newest first. The filter's organization may be empty."""
         access.require(caller, access.READ_AUDIT)
         organization_id = access.organization_for(caller, event_filter.organization_id)
-        events = await self._trail.list_events(replace(event_filter, organization_id=organization_id), before, count + 1)
+        events = await self._trail.list_events(
+            replace(event_filter, organization_id=organization_id), before, count + 1
+        )
         if not events and not await self._trail.has_organization(organization_id):
             raise access.organization_not_found(organization_id)
         return AuditPage(events=events[:count], more=len(events) > count)
@@ -59,6 +65,8 @@ class AuditReader:
 
 async def find_break(kept: Chain, events: AsyncIterator[ChainedEvent]) -> str:
     """Walks along the events of a chain, in their order, and says what is wrong with them; nothing if it is whole."""
+    if kept.last_sequence > kept.sequence:
+        return f"event {kept.sequence + 1} lies beyond the end of the trail"
     sequence, last = kept.start_sequence, kept.start_hash
     async for each in events:
         if each.event.sequence != sequence + 1:

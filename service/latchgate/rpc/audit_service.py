@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from google.protobuf import struct_pb2
+from google.protobuf import json_format, struct_pb2
 
 from apikeys.v1 import audit_service_pb2 as pb
 from latchgate.domain.audit import AuditFilter, ChainedEvent
@@ -24,9 +24,7 @@ class AuditService:
         self._trail = trail
         self._pages = pages
 
-    async def list_audit_events(
-        self, request: pb.ListAuditEventsRequest, caller: Caller
-    ) -> pb.ListAuditEventsResponse:
+    async def list_audit_events(self, request: pb.ListAuditEventsRequest, caller: Caller) -> pb.ListAuditEventsResponse:
         """Lists events."""
         event_filter = _event_filter(request)
         named = replace(event_filter, organization_id=event_filter.organization_id or caller.organization_id)
@@ -85,5 +83,5 @@ def _struct(snapshot: Mapping[str, object] | None) -> struct_pb2.Struct | None:
     if snapshot is None:
         return None
     struct = struct_pb2.Struct()
-    struct.update(snapshot)
+    json_format.ParseDict(dict(snapshot), struct)
     return struct

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import grpc
@@ -42,7 +42,7 @@ def call_of(method: str, context: Context) -> Call:
     )
 
 
-def _certificate(properties: Mapping[str, list[bytes]]) -> str:
+def _certificate(properties: Mapping[str, Iterable[bytes]]) -> str:
     """Gives the subject of the client's certificate, or its common name."""
     for name in ("x509_subject", "x509_common_name"):
         for value in properties.get(name, ()):
@@ -71,7 +71,9 @@ def entry_of(
 def _owner(caller: Caller, request: Message | None, answer: Message | None) -> str:
     if answer is None or not caller.is_root:
         return ""
-    return _field(answer, "key.organization_id") or _field(request, "organization_id") or _field(answer, "organization.id")
+    return (
+        _field(answer, "key.organization_id") or _field(request, "organization_id") or _field(answer, "organization.id")
+    )
 
 
 def _subject(request: Message | None) -> tuple[str, str]:

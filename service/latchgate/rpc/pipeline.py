@@ -132,13 +132,14 @@ class Pipeline:
                 if not call.caller.call.is_recorded:
                     # Nobody is told anything that leaves no trace.
                     await backend.trail.record_audit(call.caller, entry_of(call.caller, request, answer))
-                return answer
             except BaseException as error:
                 status = call.refuse(error)
                 if status is None:
                     raise
                 if call.caller is not None:
                     await self._record_refusal(backend.trail, call, request)
+            else:
+                return answer
             finally:
                 # Before the caller is told: who reads of an incident finds it in the log.
                 call.log()

@@ -56,6 +56,7 @@ class PostgresTrail:
                     organization_id=row["organization_id"],
                     sequence=row["sequence"],
                     hash=row["hash"],
+                    last_sequence=row["last_sequence"],
                     start_sequence=row["start_sequence"],
                     start_hash=row["start_hash"] or GENESIS,
                 )

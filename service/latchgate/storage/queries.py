@@ -512,14 +512,14 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $
 """
 
 _AUDIT_EVENT = """
-SELECT organization_id, sequence, event_time, actor_key_id, actor_organization_id, certificate, peer, method, request_id,
-       entity, entity_id, before_change, after_change, revision, code, reason, hash
+SELECT organization_id, sequence, event_time, actor_key_id, actor_organization_id, certificate, peer, method,
+       request_id, entity, entity_id, before_change, after_change, revision, code, reason, hash
 FROM audit_event
 """
 
 # Up to $10 events of an organization that match, newest first, before the sequence $2 (0 for the first page). Keyset
-# paging: what is recorded between two pages hides and repeats nothing. To be prepared anew for each call: its plan is for
-# the values at hand.
+# paging: what is recorded between two pages hides and repeats nothing. To be prepared anew for each call: its plan is
+# for the values at hand.
 AUDIT_EVENT_LIST = (
     _AUDIT_EVENT
     + """
@@ -542,9 +542,12 @@ LIMIT $4
 """
 )
 
-# Every chain by its organization: from which event on it is kept (0 and null for all), and its end.
+# Every chain by its organization: from which event on it is kept (0 and null for all), its end, and the last event that
+# there is; all as of one moment.
 AUDIT_CHAIN_LIST = """
-SELECT h.organization_id, h.sequence, h.hash, coalesce(s.sequence, 0) AS start_sequence, s.hash AS start_hash
+SELECT h.organization_id, h.sequence, h.hash, coalesce(s.sequence, 0) AS start_sequence, s.hash AS start_hash,
+       coalesce((SELECT max(e.sequence) FROM audit_event e WHERE e.organization_id = h.organization_id), 0)
+           AS last_sequence
 FROM audit_head h LEFT JOIN audit_start s USING (organization_id)
 ORDER BY h.organization_id
 """

@@ -1,4 +1,4 @@
-"""Two users of the database: one that owns the schema, and the service's own, which may do what it needs and no more."""
+"""Two users of the database: one that owns the schema, and the service's own, who may do what it needs, not more."""
 
 from __future__ import annotations
 

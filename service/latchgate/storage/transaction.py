@@ -153,7 +153,9 @@ class PostgresTransaction:
         """Takes the end of the organization's chain, and adds an event to it."""
         head = _one(await self._connection.fetchrow(queries.AUDIT_HEAD_LOCK, entry.organization_id))
         event = AuditEvent.of(entry, caller, sequence=head["sequence"] + 1, event_time=head["event_time"])
-        await self._connection.execute(queries.AUDIT_EVENT_INSERT, *rows.audit_values(event), chain(head["hash"], event))
+        await self._connection.execute(
+            queries.AUDIT_EVENT_INSERT, *rows.audit_values(event), chain(head["hash"], event)
+        )
         if caller is not None:
             caller.call.is_recorded = True
 

@@ -5,9 +5,6 @@ from alembic import op
 revision = "0004"
 down_revision = "0003"
 
-# How long events are kept at least, whoever asks for less: no role of the service can make them go sooner.
-LEAST_RETENTION = "30 days"
-
 _STATEMENTS = (
     # Where each organization's chain ends. Taken before an event is added, so that its events follow each other.
     """
@@ -90,12 +87,12 @@ _STATEMENTS = (
     $$
     """,
     # Drops the partitions in which every event is older than asked for, and notes where the chains begin then. Gives
-    # how many. For those who may not drop tables, too, and so never what is younger than the least retention.
-    f"""
+    # how many. For those who may not drop tables, too, and so never what is younger than 30 days, whoever asks.
+    """
     CREATE FUNCTION audit_forget(retention interval) RETURNS integer LANGUAGE plpgsql SECURITY DEFINER
     SET search_path FROM CURRENT SET timezone = 'UTC' AS $$
     DECLARE
-        kept_from timestamptz := now() - greatest(retention, interval '{LEAST_RETENTION}');
+        kept_from timestamptz := now() - greatest(retention, interval '30 days');
         part record;
         dropped integer := 0;
     BEGIN
