@@ -25,6 +25,7 @@ from latchgate.domain.errors import UnavailableError
 from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import Scope
 from latchgate.domain.organizations import OrganizationManager
+from latchgate.domain.suspicion import SuspicionCounter
 from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.trail import AuditReader
 from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
@@ -67,6 +68,7 @@ from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.ratelimit import PostgresRateStore, forget_windows, rate_link
 from latchgate.storage.requests import RequestSealer, forget_requests
 from latchgate.storage.stores import PostgresStore
+from latchgate.storage.suspicion import SuspicionStore
 from latchgate.storage.usage import UsageBuffer
 from latchgate.watch import DatabaseWatch, Figures
 from latchgate.web.auth import AuthEndpoint
@@ -287,6 +289,7 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
     limiter = SharedLimiter(store=windows, clock=boottime, observer=parts.metrics)
     stack.push_async_callback(limiter.close)
     parts.metrics.watch(Figures(database, parts.usage, foreign, background, coherence, limiter))
+    suspects = SuspicionCounter(time.monotonic)
     probe = DatabaseProbe(dsn, PROBE_TIMEOUT_S)
     stack.push_async_callback(probe.close)
     validator = Validator(
@@ -297,8 +300,10 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
         usage=parts.usage,
         foreign=foreign,
         patience=Patience(time.monotonic),
+        suspicion=suspects,
     )
-    pipeline.connect(_backend(parts, tokens, tag_key, validator, effects))
+    suspicion = SuspicionStore(database, suspects)
+    pipeline.connect(_backend(parts, tokens, tag_key, validator, effects, suspicion))
     parts.endpoint.connect(validator)
     watch = DatabaseWatch(probe, server, parts.metrics, background, coherence, reader)
     await watch.show(is_up=True)
@@ -306,6 +311,8 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
     background.keep("asking for rate limits", limiter.run())
     background.repeat("database watch", PROBE_INTERVAL_S, watch.look)
     background.repeat("writing of last-used times", settings.usage_flush_seconds, parts.usage.flush)
+    background.repeat("writing of suspicious use", settings.usage_flush_seconds, suspicion.flush)
+    background.repeat("clearing of suspicious use", FORGET_INTERVAL_S, suspicion.forget)
     background.repeat("clearing of request_ids", FORGET_INTERVAL_S, lambda: forget_requests(database))
     background.repeat("clearing of the change log", FORGET_INTERVAL_S, lambda: forget_changes(database))
     background.repeat("clearing of rate limits", FORGET_INTERVAL_S, lambda: forget_windows(database))
@@ -316,7 +323,12 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
 
 
 def _backend(
-    parts: _Parts, tokens: TokenFormat, tag_key: bytes, validator: Validator, effects: EffectPoller
+    parts: _Parts,
+    tokens: TokenFormat,
+    tag_key: bytes,
+    validator: Validator,
+    effects: EffectPoller,
+    suspicion: SuspicionStore,
 ) -> Backend:
     """Puts the use cases together."""
     store, pages, metrics = PostgresStore(parts.database), PageTokens(tag_key), parts.metrics
@@ -340,7 +352,7 @@ def _backend(
             answers=answers,
         ),
         ORGANIZATION_SERVICE.full_name: OrganizationService(organizations=organizations, pages=pages),
-        AUDIT_SERVICE.full_name: AuditService(trail=AuditReader(PostgresTrail(parts.database)), pages=pages),
+        AUDIT_SERVICE.full_name: AuditService(trail=AuditReader(PostgresTrail(parts.database), suspicion), pages=pages),
         EXT_AUTHZ_SERVICE.full_name: ExtAuthz(validator=validator, reader=reader, writer=writer, outcomes=metrics),
     }
     recalls: dict[str, FromMemory] = {

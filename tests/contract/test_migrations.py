@@ -32,6 +32,7 @@ TABLES = {
     "rate_window",
     "request",
     "secret",
+    "suspicious_use",
     "worker",
 }
 

@@ -36,8 +36,8 @@ FOUND_COLUMNS = {
 }  # fmt: skip
 AUDIT_COLUMNS = {
     "organization_id", "sequence", "event_time", "actor_key_id", "actor_organization_id", "certificate",
-    "peer", "method", "request_id", "entity", "entity_id", "before_change", "after_change", "revision", "code", "reason",
-    "hash",
+    "peer", "method", "request_id", "entity", "entity_id", "before_change", "after_change", "revision", "code",
+    "reason", "hash",
 }  # fmt: skip
 LOG_COLUMNS = {"head", "timeline", "now_s", "is_member", "entity", "entity_id"}
 
@@ -99,6 +99,12 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "AUDIT_EVENT_WALK": ("text int8 int8 int8", AUDIT_COLUMNS),
     "AUDIT_CHAIN_LIST": ("", {"organization_id", "sequence", "hash", "start_sequence", "start_hash", "last_sequence"}),
     "AUDIT_ORPHAN_LIST": ("", {"organization_id"}),
+    "SUSPICIOUS_USE_ADD": ("text[] text[] text[] text[] int8[]", set()),
+    "SUSPICIOUS_USE_LIST": (
+        "text int8 int8",
+        {"id", "hour", "source", "outcome", "organization_id", "key_id", "count", "first_time", "last_time"},
+    ),
+    "SUSPICIOUS_USE_FORGET": ("interval int8", set()),
     "AUDIT_MAKE_PARTITIONS": ("", {"audit_make_partitions"}),
     "AUDIT_FORGET": ("interval", {"audit_forget"}),
     "ROLE_CURRENT": ("", {"current_user"}),

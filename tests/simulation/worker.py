@@ -8,6 +8,7 @@ from typing import Any, Final
 from latchgate.domain.cache import KeyCache
 from latchgate.domain.coherence import CLOCK_DRIFT, Coherence, LeaseTerms, Reading
 from latchgate.domain.model import KeyIdentity, Lookup
+from latchgate.domain.suspicion import SuspicionCounter
 from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
 from latchgate.storage.coherence import Membership
 from latchgate.storage.effects import EffectPoller
@@ -70,6 +71,7 @@ class Worker:
             usage=self,
             foreign=ForeignLookupBudget(self.loop.time),
             patience=Patience(self.loop.time),
+            suspicion=SuspicionCounter(self.loop.time),
         )
         self.is_leaving = False
         self.heard_timeline = ""

@@ -307,6 +307,7 @@ def good_request(method: str, *, key_id: str, organization_id: str = "acme", tok
         "UpdatePlan": lambda: organizations_pb.UpdatePlanRequest(
             plan=organizations_pb.Plan(id="default", rate_limit_per_minute=6000)
         ),
+        "ListSuspiciousUse": lambda: audit_pb.ListSuspiciousUseRequest(organization_id=organization_id),
         "ListAuditEvents": lambda: audit_pb.ListAuditEventsRequest(organization_id=organization_id),
     }
     return make[method]()

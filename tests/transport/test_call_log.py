@@ -32,7 +32,7 @@ from support.transport import (
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SOME_KEY = "key_" + "0" * 26
-FIELDS = {"event", "log_level", "method", "code", "duration_ms", "peer", "caller", "organization"}
+FIELDS = {"event", "log_level", "method", "code", "duration_ms", "peer", "request_id", "caller", "organization"}
 TOKEN = "lk_" + "Ab1" * 13 + "Z"
 
 

@@ -24,6 +24,7 @@ UNKNOWN: Final = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 NAMES: Final = (
     "",
     "apikeys.v1.KeyService",
+    "apikeys.v1.AuditService",
     "apikeys.v1.OrganizationService",
     "envoy.service.auth.v3.Authorization",
 )

@@ -19,6 +19,7 @@ async def test_list_names_every_service(shared_service: RunningService) -> None:
     listed = await grpcurl(shared_service.address, "list")
 
     assert [
+        "apikeys.v1.AuditService",
         "apikeys.v1.KeyService",
         "apikeys.v1.OrganizationService",
         "envoy.service.auth.v3.Authorization",

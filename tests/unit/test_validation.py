@@ -21,6 +21,7 @@ from latchgate.domain.errors import (
 )
 from latchgate.domain.model import Environment, KeyRecord, KeyType, Lookup, Outcome, RateState, Verdict
 from latchgate.domain.rules import normal_cidrs
+from latchgate.domain.suspicion import Suspect, SuspicionCounter
 from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.validation import ForeignLookupBudget, Need, Patience, Validator, fingerprint
 from support.limits import CountingAlone
@@ -155,6 +156,7 @@ class Scene:
         self.foreign = ForeignLookupBudget(self.clock, per_second, remembered)
         self.slept_s: list[float] = []
         self.memory = ScriptedMemory(self.clock)
+        self.suspicion = SuspicionCounter(self.clock)
         self.validator = Validator(
             tokens=TOKENS,
             keys=self.reader,
@@ -163,6 +165,7 @@ class Scene:
             usage=self.usage,
             foreign=self.foreign,
             patience=Patience(self.clock, self._sleep, per_second=3, delay_s=0.1),
+            suspicion=self.suspicion,
         )
 
     async def _sleep(self, seconds: float) -> None:
@@ -356,6 +359,32 @@ def test_nothing_is_recalled_that_the_limiter_can_not_say() -> None:
     assert ([], []) == (scene.limiter.asked, scene.usage.recorded)
 
 
+@pytest.mark.parametrize("outcome", Outcome)
+async def test_what_is_suspicious(outcome: Outcome) -> None:
+    """Tokens that nobody has, that are revoked, or that come from where they may not, are counted by who sends them,
+    with the key where there is one; nothing else is.
+    """
+    scene = scene_of() if outcome is Outcome.VALID else scene_with(outcome)
+    address = "192.0.2.1" if outcome is Outcome.ADDRESS_DENIED else CLIENT_IP
+    for _ in range(2):
+        await scene.validator.validate(TOKEN, required_permissions=NEEDED, client_ip=address)
+    whose = {
+        Outcome.NOT_FOUND: ("", ""),
+        Outcome.REVOKED: (RECORD.organization_id, RECORD.key_id),
+        Outcome.ADDRESS_DENIED: (RECORD.organization_id, RECORD.key_id),
+    }
+    expected = [(Suspect(address, outcome, *whose[outcome]), 2)] if outcome in whose else []
+    assert expected == scene.suspicion.take()
+
+
+async def test_unknown_tokens_beyond_the_budget_are_suspicious() -> None:
+    """Tokens that are not even looked up any more are counted as those that are."""
+    scene = Scene()
+    for number in range(5):
+        await scene.is_looked_up(invented(number))
+    assert [(Suspect("", Outcome.NOT_FOUND, "", ""), 5)] == scene.suspicion.take()
+
+
 async def test_with_the_real_limiter() -> None:
     """A key is good for its limit a minute, and is so again when the time has come that it was told."""
     clock = ManualClock()
@@ -368,6 +397,7 @@ async def test_with_the_real_limiter() -> None:
         usage=scene.usage,
         foreign=ForeignLookupBudget(clock),
         patience=Patience(clock),
+        suspicion=SuspicionCounter(clock),
     )
     verdicts = [await validator.validate(TOKEN) for _ in range(4)]
     assert [Outcome.VALID] * 3 + [Outcome.RATE_LIMITED] == [verdict.outcome for verdict in verdicts]

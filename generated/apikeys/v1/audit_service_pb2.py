@@ -22,13 +22,14 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from apikeys.v1 import key_service_pb2 as apikeys_dot_v1_dot_key__service__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61pikeys/v1/audit_service.proto\x12\napikeys.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x95\x03\n\nAuditEvent\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12.\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x61\x63tor_key_id\x18\x04 \x01(\t\x12\x1d\n\x15\x61\x63tor_organization_id\x18\x05 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x06 \x01(\t\x12\x0c\n\x04peer\x18\x07 \x01(\t\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x0e\n\x06\x65ntity\x18\n \x01(\t\x12\x11\n\tentity_id\x18\x0b \x01(\t\x12\'\n\x06\x62\x65\x66ore\x18\x0c \x01(\x0b\x32\x17.google.protobuf.Struct\x12&\n\x05\x61\x66ter\x18\r \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x10\n\x08revision\x18\x0e \x01(\x03\x12\x0c\n\x04\x63ode\x18\x0f \x01(\t\x12\x0e\n\x06reason\x18\x10 \x01(\t\x12\x0c\n\x04hash\x18\x11 \x01(\t\"\xf8\x02\n\x16ListAuditEventsRequest\x12=\n\x0forganization_id\x18\x01 \x01(\tB$\xbaH!r\x1c\x32\x1a^[a-z0-9][a-z0-9_-]{2,63}$\xd8\x01\x01\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\x12\x1e\n\x0c\x61\x63tor_key_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x18\n\x06\x65ntity\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x1b\n\tentity_id\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x18\n\x06method\x18\x07 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x16\n\x04\x63ode\x18\x08 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12.\n\nstart_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Z\n\x17ListAuditEventsResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.apikeys.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x84\x01\n\x0c\x41uditService\x12t\n\x0fListAuditEvents\x12\".apikeys.v1.ListAuditEventsRequest\x1a#.apikeys.v1.ListAuditEventsResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/audit-eventsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61pikeys/v1/audit_service.proto\x12\napikeys.v1\x1a\x1c\x61pikeys/v1/key_service.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x95\x03\n\nAuditEvent\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12.\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x61\x63tor_key_id\x18\x04 \x01(\t\x12\x1d\n\x15\x61\x63tor_organization_id\x18\x05 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x06 \x01(\t\x12\x0c\n\x04peer\x18\x07 \x01(\t\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x0e\n\x06\x65ntity\x18\n \x01(\t\x12\x11\n\tentity_id\x18\x0b \x01(\t\x12\'\n\x06\x62\x65\x66ore\x18\x0c \x01(\x0b\x32\x17.google.protobuf.Struct\x12&\n\x05\x61\x66ter\x18\r \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x10\n\x08revision\x18\x0e \x01(\x03\x12\x0c\n\x04\x63ode\x18\x0f \x01(\t\x12\x0e\n\x06reason\x18\x10 \x01(\t\x12\x0c\n\x04hash\x18\x11 \x01(\t\"\xe1\x03\n\x16ListAuditEventsRequest\x12=\n\x0forganization_id\x18\x01 \x01(\tB$\xbaH!r\x1c\x32\x1a^[a-z0-9][a-z0-9_-]{2,63}$\xd8\x01\x01\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\x12\x33\n\x0c\x61\x63tor_key_id\x18\x04 \x01(\tB\x1d\xbaH\x1ar\x18\x18\x80\x01\x32\x13^[^\\x00-\\x1f\\x7f]*$\x12-\n\x06\x65ntity\x18\x05 \x01(\tB\x1d\xbaH\x1ar\x18\x18\x80\x01\x32\x13^[^\\x00-\\x1f\\x7f]*$\x12\x30\n\tentity_id\x18\x06 \x01(\tB\x1d\xbaH\x1ar\x18\x18\x80\x01\x32\x13^[^\\x00-\\x1f\\x7f]*$\x12-\n\x06method\x18\x07 \x01(\tB\x1d\xbaH\x1ar\x18\x18\x80\x01\x32\x13^[^\\x00-\\x1f\\x7f]*$\x12+\n\x04\x63ode\x18\x08 \x01(\tB\x1d\xbaH\x1ar\x18\x18\x80\x01\x32\x13^[^\\x00-\\x1f\\x7f]*$\x12.\n\nstart_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Z\n\x17ListAuditEventsResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.apikeys.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x86\x02\n\rSuspiciousUse\x12(\n\x04hour\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06source\x18\x02 \x01(\t\x12$\n\x07outcome\x18\x03 \x01(\x0e\x32\x13.apikeys.v1.Outcome\x12\x17\n\x0forganization_id\x18\x04 \x01(\t\x12\x0e\n\x06key_id\x18\x05 \x01(\t\x12\r\n\x05\x63ount\x18\x06 \x01(\x03\x12.\n\nfirst_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tlast_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x93\x01\n\x18ListSuspiciousUseRequest\x12=\n\x0forganization_id\x18\x01 \x01(\tB$\xbaH!r\x1c\x32\x1a^[a-z0-9][a-z0-9_-]{2,63}$\xd8\x01\x01\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\"]\n\x19ListSuspiciousUseResponse\x12\'\n\x04uses\x18\x01 \x03(\x0b\x32\x19.apikeys.v1.SuspiciousUse\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x82\x02\n\x0c\x41uditService\x12t\n\x0fListAuditEvents\x12\".apikeys.v1.ListAuditEventsRequest\x1a#.apikeys.v1.ListAuditEventsResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/audit-events\x12|\n\x11ListSuspiciousUse\x12$.apikeys.v1.ListSuspiciousUseRequest\x1a%.apikeys.v1.ListSuspiciousUseResponse\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x12/v1/suspicious-useb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,23 +43,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['page_token']._loaded_options = None
   _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200\010'
   _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['actor_key_id']._loaded_options = None
-  _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['actor_key_id']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['actor_key_id']._serialized_options = b'\272H\032r\030\030\200\0012\023^[^\\x00-\\x1f\\x7f]*$'
   _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['entity']._loaded_options = None
-  _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['entity']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['entity']._serialized_options = b'\272H\032r\030\030\200\0012\023^[^\\x00-\\x1f\\x7f]*$'
   _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['entity_id']._loaded_options = None
-  _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['entity_id']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['entity_id']._serialized_options = b'\272H\032r\030\030\200\0012\023^[^\\x00-\\x1f\\x7f]*$'
   _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['method']._loaded_options = None
-  _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['method']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['method']._serialized_options = b'\272H\032r\030\030\200\0012\023^[^\\x00-\\x1f\\x7f]*$'
   _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['code']._loaded_options = None
-  _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['code']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_LISTAUDITEVENTSREQUEST'].fields_by_name['code']._serialized_options = b'\272H\032r\030\030\200\0012\023^[^\\x00-\\x1f\\x7f]*$'
+  _globals['_LISTSUSPICIOUSUSEREQUEST'].fields_by_name['organization_id']._loaded_options = None
+  _globals['_LISTSUSPICIOUSUSEREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H!r\0342\032^[a-z0-9][a-z0-9_-]{2,63}$\330\001\001'
+  _globals['_LISTSUSPICIOUSUSEREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_LISTSUSPICIOUSUSEREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
+  _globals['_LISTSUSPICIOUSUSEREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_LISTSUSPICIOUSUSEREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200\010'
   _globals['_AUDITSERVICE'].methods_by_name['ListAuditEvents']._loaded_options = None
   _globals['_AUDITSERVICE'].methods_by_name['ListAuditEvents']._serialized_options = b'\202\323\344\223\002\022\022\020/v1/audit-events'
-  _globals['_AUDITEVENT']._serialized_start=169
-  _globals['_AUDITEVENT']._serialized_end=574
-  _globals['_LISTAUDITEVENTSREQUEST']._serialized_start=577
-  _globals['_LISTAUDITEVENTSREQUEST']._serialized_end=953
-  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_start=955
-  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_end=1045
-  _globals['_AUDITSERVICE']._serialized_start=1048
-  _globals['_AUDITSERVICE']._serialized_end=1180
+  _globals['_AUDITSERVICE'].methods_by_name['ListSuspiciousUse']._loaded_options = None
+  _globals['_AUDITSERVICE'].methods_by_name['ListSuspiciousUse']._serialized_options = b'\202\323\344\223\002\024\022\022/v1/suspicious-use'
+  _globals['_AUDITEVENT']._serialized_start=199
+  _globals['_AUDITEVENT']._serialized_end=604
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_start=607
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_end=1088
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_start=1090
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_end=1180
+  _globals['_SUSPICIOUSUSE']._serialized_start=1183
+  _globals['_SUSPICIOUSUSE']._serialized_end=1445
+  _globals['_LISTSUSPICIOUSUSEREQUEST']._serialized_start=1448
+  _globals['_LISTSUSPICIOUSUSEREQUEST']._serialized_end=1595
+  _globals['_LISTSUSPICIOUSUSERESPONSE']._serialized_start=1597
+  _globals['_LISTSUSPICIOUSUSERESPONSE']._serialized_end=1690
+  _globals['_AUDITSERVICE']._serialized_start=1693
+  _globals['_AUDITSERVICE']._serialized_end=1951
 # @@protoc_insertion_point(module_scope)

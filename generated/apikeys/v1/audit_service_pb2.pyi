@@ -3,6 +3,7 @@
 isort:skip_file
 The audit trail."""
 
+from apikeys.v1 import key_service_pb2 as _key_service_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -201,3 +202,122 @@ class ListAuditEventsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAuditEventsResponse: _TypeAlias = ListAuditEventsResponse  # noqa: Y015
+
+@_typing.final
+class SuspiciousUse(_message.Message):
+    """How often within an hour one source has tried tokens that should not be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOUR_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    FIRST_TIME_FIELD_NUMBER: _builtins.int
+    LAST_TIME_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """The address of the client, as the gateway has reported it (client_ip), or as the service has seen it for calls of
+    management. Of IPv6 its network of 64 bits. `others`: all beyond the first 1000 that a worker tells apart within an hour.
+    Empty: none was reported.
+    """
+    outcome: _key_service_pb2.Outcome.ValueType
+    """What was wrong: OUTCOME_NOT_FOUND, OUTCOME_REVOKED or OUTCOME_ADDRESS_DENIED."""
+    organization_id: _builtins.str
+    """The organization of the key. Empty: nobody's."""
+    key_id: _builtins.str
+    """The key. Empty: the tokens were nobody's."""
+    count: _builtins.int
+    """How often."""
+    @_builtins.property
+    def hour(self) -> _timestamp_pb2.Timestamp:
+        """The beginning of the hour."""
+
+    @_builtins.property
+    def first_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was first written within the hour."""
+
+    @_builtins.property
+    def last_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was last written within the hour."""
+
+    def __init__(
+        self,
+        *,
+        hour: _timestamp_pb2.Timestamp | None = ...,
+        source: _builtins.str = ...,
+        outcome: _key_service_pb2.Outcome.ValueType = ...,
+        organization_id: _builtins.str = ...,
+        key_id: _builtins.str = ...,
+        count: _builtins.int = ...,
+        first_time: _timestamp_pb2.Timestamp | None = ...,
+        last_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_time", b"first_time", "hour", b"hour", "last_time", b"last_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "first_time", b"first_time", "hour", b"hour", "key_id", b"key_id", "last_time", b"last_time", "organization_id", b"organization_id", "outcome", b"outcome", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SuspiciousUse: _TypeAlias = SuspiciousUse  # noqa: Y015
+
+@_typing.final
+class ListSuspiciousUseRequest(_message.Message):
+    """Of whose keys to list suspicious use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization. Empty: the caller's; for a root key all, with the tokens that nobody has. Only a root key may name
+    another.
+    """
+    page_size: _builtins.int
+    """At most how many to answer with. 0: 100. More than 1000 is taken as 1000."""
+    page_token: _builtins.str
+    """The next_page_token of the page before. Empty: the first page."""
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization_id", b"organization_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSuspiciousUseRequest: _TypeAlias = ListSuspiciousUseRequest  # noqa: Y015
+
+@_typing.final
+class ListSuspiciousUseResponse(_message.Message):
+    """One page of suspicious use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Gives the next page. Empty: this was the last."""
+    @_builtins.property
+    def uses(self) -> _containers.RepeatedCompositeFieldContainer[Global___SuspiciousUse]:
+        """What there is, newest first."""
+
+    def __init__(
+        self,
+        *,
+        uses: _abc.Iterable[Global___SuspiciousUse] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSuspiciousUseResponse: _TypeAlias = ListSuspiciousUseResponse  # noqa: Y015

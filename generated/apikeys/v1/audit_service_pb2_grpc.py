@@ -42,6 +42,11 @@ class AuditServiceStub:
                 request_serializer=apikeys_dot_v1_dot_audit__service__pb2.ListAuditEventsRequest.SerializeToString,
                 response_deserializer=apikeys_dot_v1_dot_audit__service__pb2.ListAuditEventsResponse.FromString,
                 _registered_method=True)
+        self.ListSuspiciousUse = channel.unary_unary(
+                '/apikeys.v1.AuditService/ListSuspiciousUse',
+                request_serializer=apikeys_dot_v1_dot_audit__service__pb2.ListSuspiciousUseRequest.SerializeToString,
+                response_deserializer=apikeys_dot_v1_dot_audit__service__pb2.ListSuspiciousUseResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer:
@@ -58,6 +63,15 @@ class AuditServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSuspiciousUse(self, request, context):
+        """Lists tokens that were tried and should not be, by the hour and where they came from, newest first: those that nobody
+        has, those that were revoked or rotated away, and those that came from an address that their key does not allow. They
+        are counted, and written every few seconds. Needs `audit:read`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -65,6 +79,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.ListAuditEvents,
                     request_deserializer=apikeys_dot_v1_dot_audit__service__pb2.ListAuditEventsRequest.FromString,
                     response_serializer=apikeys_dot_v1_dot_audit__service__pb2.ListAuditEventsResponse.SerializeToString,
+            ),
+            'ListSuspiciousUse': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSuspiciousUse,
+                    request_deserializer=apikeys_dot_v1_dot_audit__service__pb2.ListSuspiciousUseRequest.FromString,
+                    response_serializer=apikeys_dot_v1_dot_audit__service__pb2.ListSuspiciousUseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -97,6 +116,33 @@ class AuditService:
             '/apikeys.v1.AuditService/ListAuditEvents',
             apikeys_dot_v1_dot_audit__service__pb2.ListAuditEventsRequest.SerializeToString,
             apikeys_dot_v1_dot_audit__service__pb2.ListAuditEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSuspiciousUse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apikeys.v1.AuditService/ListSuspiciousUse',
+            apikeys_dot_v1_dot_audit__service__pb2.ListSuspiciousUseRequest.SerializeToString,
+            apikeys_dot_v1_dot_audit__service__pb2.ListSuspiciousUseResponse.FromString,
             options,
             channel_credentials,
             insecure,

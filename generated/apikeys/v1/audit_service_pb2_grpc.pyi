@@ -23,6 +23,11 @@ class AuditServiceStub:
     """Lists an organization's events, newest first. Paging is stable: what is recorded between two pages neither hides nor
     repeats others. Needs `audit:read`.
     """
+    ListSuspiciousUse: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.ListSuspiciousUseRequest, _audit_service_pb2.ListSuspiciousUseResponse]
+    """Lists tokens that were tried and should not be, by the hour and where they came from, newest first: those that nobody
+    has, those that were revoked or rotated away, and those that came from an address that their key does not allow. They
+    are counted, and written every few seconds. Needs `audit:read`.
+    """
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     """Shows what was done to an organization, by whom and from where: every call of management, allowed or refused, and every
@@ -38,6 +43,17 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_audit_service_pb2.ListAuditEventsResponse]:
         """Lists an organization's events, newest first. Paging is stable: what is recorded between two pages neither hides nor
         repeats others. Needs `audit:read`.
+        """
+
+    @_abc_1.abstractmethod
+    def ListSuspiciousUse(
+        self,
+        request: _audit_service_pb2.ListSuspiciousUseRequest,
+        context: _aio.ServicerContext[_audit_service_pb2.ListSuspiciousUseRequest, _abc.Awaitable[_audit_service_pb2.ListSuspiciousUseResponse]],
+    ) -> _abc.Awaitable[_audit_service_pb2.ListSuspiciousUseResponse]:
+        """Lists tokens that were tried and should not be, by the hour and where they came from, newest first: those that nobody
+        has, those that were revoked or rotated away, and those that came from an address that their key does not allow. They
+        are counted, and written every few seconds. Needs `audit:read`.
         """
 
 def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _aio.Server) -> None: ...

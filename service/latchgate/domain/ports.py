@@ -16,10 +16,12 @@ from latchgate.domain.model import (
     Environment,
     Key,
     KeyFilter,
+    KeyRecord,
     Lookup,
     NewKey,
     NewSecret,
     Organization,
+    Outcome,
     Plan,
     RateState,
     Scope,
@@ -122,6 +124,13 @@ class AuditTrail(Protocol):
 
     async def record_audit(self, caller: Caller, entry: AuditEntry) -> None:
         """Records an entry by itself. Raises StorageUnavailableError and WriteUnknownError."""
+
+
+class SuspicionRecorder(Protocol):
+    """Counts tokens that are tried and should not be."""
+
+    def suspect(self, client_ip: str, outcome: Outcome, record: KeyRecord | None) -> None:
+        """Counts one that was judged so, without waiting, and its key if it has one. The address may be any text."""
 
 
 class EffectWaiter(Protocol):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Protocol
 
 from latchgate.domain import access
 from latchgate.domain.audit import GENESIS, AuditFilter, ChainedEvent, chain
-from latchgate.domain.model import Caller
+from latchgate.domain.model import Caller, Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,43 @@ class AuditPage:
     more: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuspiciousUse:
+    """How often within an hour tokens were tried from one source that should not be.
+
+    `source` is an address, a network of IPv6, `others`, or empty where none was told. Without a key it is tokens that
+    nobody has.
+    """
+
+    id: int
+    hour: datetime
+    source: str
+    outcome: Outcome
+    organization_id: str
+    key_id: str
+    count: int
+    first_time: datetime
+    last_time: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuspicionPage:
+    """One page of suspicious use; `more` says whether another follows."""
+
+    uses: Sequence[SuspiciousUse]
+    more: bool
+
+
+class SuspicionReader(Protocol):
+    """Suspicious use at rest."""
+
+    async def list_suspicious(self, organization_id: str | None, before: int, count: int) -> Sequence[SuspiciousUse]:
+        """Lists up to `count` of an organization's, or of all for None, newest first, before the id `before` (0: none).
+
+        Raises StorageUnavailableError.
+        """
+
+
 class TrailReader(Protocol):
     """The audit trail at rest. Every method raises StorageUnavailableError."""
 
@@ -45,11 +83,23 @@ class TrailReader(Protocol):
 
 
 class AuditReader:
-    """Lists events."""
+    """Lists events and suspicious use."""
 
-    def __init__(self, trail: TrailReader) -> None:
-        """Takes the trail."""
+    def __init__(self, trail: TrailReader, suspicion: SuspicionReader) -> None:
+        """Takes the trail, and where suspicious use is."""
         self._trail = trail
+        self._suspicion = suspicion
+
+    async def list_suspicious(self, caller: Caller, organization_id: str, before: int, count: int) -> SuspicionPage:
+        """Lists suspicious use of an organization's keys; for root that names none, all, of unknown tokens too."""
+        access.require(caller, access.READ_AUDIT)
+        only: str | None = None
+        if organization_id or not caller.is_root:
+            only = access.organization_for(caller, organization_id)
+        uses = await self._suspicion.list_suspicious(only, before, count + 1)
+        if not uses and only is not None and not await self._trail.has_organization(only):
+            raise access.organization_not_found(only)
+        return SuspicionPage(uses=uses[:count], more=len(uses) > count)
 
     async def list(self, caller: Caller, event_filter: AuditFilter, before: int, count: int) -> AuditPage:
         """Lists up to `count` events before a sequence, newest first. The filter's organization may be empty."""

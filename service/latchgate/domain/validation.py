@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from latchgate.domain.errors import InvalidFieldError, LookupBudgetError, RevisionUnknownError
 from latchgate.domain.model import Address, KeyRecord, Lookup, Outcome, Verdict
-from latchgate.domain.ports import KeyMemory, KeyReader, Limiter, UsageRecorder
+from latchgate.domain.ports import KeyMemory, KeyReader, Limiter, SuspicionRecorder, UsageRecorder
 from latchgate.domain.token import Form, TokenFormat, digest, may_be_token
 
 MAX_COST = 1_000_000
@@ -142,6 +142,7 @@ class Validator:
         usage: UsageRecorder,
         foreign: ForeignLookupBudget,
         patience: Patience,
+        suspicion: SuspicionRecorder,
     ) -> None:
         """Takes the token format, where keys are found and remembered, who counts, and who waits."""
         self._tokens = tokens
@@ -152,6 +153,7 @@ class Validator:
         self._usage = usage
         self._foreign = foreign
         self._patience = patience
+        self._suspicion = suspicion
 
     def recall(self, token: bytes, need: Need) -> Verdict | None:
         """Judges a token from memory, without waiting; None if memory can not say, and `validate` has to be asked.
@@ -181,9 +183,11 @@ class Validator:
         try:
             verdict = await self._validate(token, need, only_organization_id)
         except LookupBudgetError:
+            self._suspicion.suspect(client_ip, Outcome.NOT_FOUND, None)
             await self._patience.wait()
             raise
         if verdict.outcome is Outcome.NOT_FOUND:
+            self._suspicion.suspect(client_ip, Outcome.NOT_FOUND, None)
             await self._patience.wait()
         return verdict
 
@@ -236,10 +240,14 @@ class Validator:
         if record is None:
             return Verdict(Outcome.NOT_FOUND, revision)
         if record.good_until_s <= now_s:
-            return Verdict(_ailment(record, now_s), revision)
+            ailment = _ailment(record, now_s)
+            if ailment is Outcome.REVOKED:
+                self._suspicion.suspect(need.client_ip, ailment, record)
+            return Verdict(ailment, revision)
         outcome, rate = _VALID, None
         if record.networks and not _is_within(record, need.client_ip):
             outcome = Outcome.ADDRESS_DENIED
+            self._suspicion.suspect(need.client_ip, outcome, record)
         elif not need.permissions <= record.grants.exact and record.grants.lacking(need.permissions) is not None:
             outcome = Outcome.PERMISSION_DENIED
         elif record.rate_limit_per_minute:

@@ -1,4 +1,4 @@
-"""AuditService: its method converts, calls one use case, and converts back."""
+"""AuditService: each method converts, calls one use case, and converts back."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import replace
 from google.protobuf import json_format, struct_pb2
 
 from apikeys.v1 import audit_service_pb2 as pb
+from apikeys.v1 import key_service_pb2
 from latchgate.domain.audit import AuditFilter, ChainedEvent
 from latchgate.domain.errors import InvalidFieldError
 from latchgate.domain.model import Caller
-from latchgate.domain.trail import AuditReader
+from latchgate.domain.trail import AuditReader, SuspiciousUse
 from latchgate.rpc import convert
 from latchgate.rpc.pages import PageTokens, fitting, page_size
 
@@ -36,6 +37,33 @@ class AuditService:
             events=events,
             next_page_token=self._pages.make(listing, str(events[-1].sequence)) if page.more or is_cut else "",
         )
+
+    async def list_suspicious_use(
+        self, request: pb.ListSuspiciousUseRequest, caller: Caller
+    ) -> pb.ListSuspiciousUseResponse:
+        """Lists suspicious use."""
+        # A root key's own organization and none are two lists.
+        listing = ("suspicious use", caller.organization_id, request.organization_id)
+        before = int(self._pages.read(listing, request.page_token) or 0)
+        page = await self._trail.list_suspicious(caller, request.organization_id, before, page_size(request.page_size))
+        return pb.ListSuspiciousUseResponse(
+            uses=[_use_message(each) for each in page.uses],
+            next_page_token=self._pages.make(listing, str(page.uses[-1].id)) if page.more else "",
+        )
+
+
+def _use_message(use: SuspiciousUse) -> pb.SuspiciousUse:
+    message = pb.SuspiciousUse(
+        source=use.source,
+        outcome=key_service_pb2.Outcome.Value(f"OUTCOME_{use.outcome.name}"),
+        organization_id=use.organization_id,
+        key_id=use.key_id,
+        count=use.count,
+    )
+    message.hour.FromDatetime(use.hour)
+    message.first_time.FromDatetime(use.first_time)
+    message.last_time.FromDatetime(use.last_time)
+    return message
 
 
 def _event_filter(request: pb.ListAuditEventsRequest) -> AuditFilter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -12,13 +13,16 @@ from google.protobuf.message import Message
 from latchgate.domain.audit import AuditEntry
 from latchgate.domain.model import Call, Caller
 from latchgate.rpc.peers import peer_address
+from latchgate.rpc.status import told
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 REQUEST_ID_HEADER: Final = "x-request-id"
-# What comes from outside is recorded up to this length; ids of this service are shorter.
+# What comes from outside is recorded up to this length.
 MAX_LENGTH: Final = 128
-# Fields of requests that name what they are about, by what that is; the first that is set counts.
+_ID: Final = re.compile(r"(?!.*[0-9a-z]{40})[a-z0-9][a-z0-9_-]{0,63}")
+# Fields of requests that name what they are about, by what that is; the first that is set counts. What is no id is not
+# recorded: it may be a token that somebody has put into the wrong place.
 _SUBJECTS: Final = (
     ("key_id", "key"),
     ("key.id", "key"),
@@ -78,8 +82,8 @@ def _owner(caller: Caller, request: Message | None, answer: Message | None) -> s
 
 def _subject(request: Message | None) -> tuple[str, str]:
     for path, entity in _SUBJECTS:
-        value = _shown(_field(request, path))
-        if value:
+        value = _field(request, path)
+        if _ID.fullmatch(value):
             return entity, value
     return "", ""
 
@@ -94,5 +98,5 @@ def _field(message: Message | None, path: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """Gives a text as it may be stored and shown: printable, and not long."""
-    return "".join(character for character in text[:MAX_LENGTH] if character.isprintable())
+    """Gives a text as it may be stored and shown: printable, without tokens, and not long."""
+    return told("".join(character for character in text if character.isprintable()), MAX_LENGTH)

@@ -97,7 +97,7 @@ def _bad_request(error: errors.InvalidFieldError) -> error_details_pb2.BadReques
     bad_request = error_details_pb2.BadRequest()
     for field, description in error.violations:
         bad_request.field_violations.add(
-            field=_told(field, MAX_FIELD_BYTES), description=_told(description, MAX_DESCRIPTION_BYTES)
+            field=told(field, MAX_FIELD_BYTES), description=told(description, MAX_DESCRIPTION_BYTES)
         )
         if bad_request.ByteSize() > MAX_VIOLATIONS_BYTES:
             del bad_request.field_violations[-1]
@@ -105,7 +105,7 @@ def _bad_request(error: errors.InvalidFieldError) -> error_details_pb2.BadReques
     return bad_request
 
 
-def _told(text: str, max_bytes: int) -> str:
+def told(text: str, max_bytes: int) -> str:
     """Gives a text as it may be told: without tokens, and no longer than `max_bytes`."""
     text = _TOKEN_BODY.sub("_...", text)
     encoded = text.encode()
@@ -125,9 +125,9 @@ def internal_status(incident: str) -> status_pb2.Status:
 def make_status(code: grpc.StatusCode, message: str, reason: str, metadata: Mapping[str, str]) -> status_pb2.Status:
     """Puts a status together, with what programs read of it."""
     number: int = code.value[0]
-    status = status_pb2.Status(code=number, message=_told(message, MAX_MESSAGE_BYTES))
-    told = {name: _told(value, MAX_FIELD_BYTES) for name, value in metadata.items()}
-    _attach(status, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=told))
+    status = status_pb2.Status(code=number, message=told(message, MAX_MESSAGE_BYTES))
+    shown = {name: told(value, MAX_FIELD_BYTES) for name, value in metadata.items()}
+    _attach(status, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=shown))
     return status
 
 

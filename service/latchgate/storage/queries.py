@@ -558,6 +558,34 @@ SELECT DISTINCT e.organization_id FROM audit_event e
 WHERE NOT EXISTS (SELECT 1 FROM audit_head h WHERE h.organization_id = e.organization_id)
 """
 
+# Adds to what was counted this hour; in the order in which it is given, so that two who write hardly ever wait for each
+# other.
+SUSPICIOUS_USE_ADD = """
+INSERT INTO suspicious_use AS s (hour, source, outcome, organization_id, key_id, count)
+SELECT date_trunc('hour', now(), 'UTC'), added.*
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[])
+     AS added (source, outcome, organization_id, key_id, count)
+ON CONFLICT (hour, source, outcome, key_id) DO UPDATE
+SET count = s.count + excluded.count, last_time = excluded.last_time
+"""
+
+# Up to $3 rows of the organization $1, or of all where it is null, newest first, before the id $2 (0: the first page).
+SUSPICIOUS_USE_LIST = """
+SELECT id, hour, source, outcome, organization_id, key_id, count, first_time, last_time
+FROM suspicious_use
+WHERE ($1::text IS NULL OR organization_id = $1) AND ($2::bigint = 0 OR id < $2)
+ORDER BY id DESC
+LIMIT $3
+"""
+
+# Forgets up to $2 rows that are older than $1. Those that another worker is at are left to it.
+SUSPICIOUS_USE_FORGET = """
+DELETE FROM suspicious_use
+WHERE id IN (
+    SELECT id FROM suspicious_use WHERE hour < now() - $1::interval ORDER BY hour LIMIT $2 FOR UPDATE SKIP LOCKED
+)
+"""
+
 # The partitions for what will come, and away with those that are too old; see the migration that makes the functions.
 AUDIT_MAKE_PARTITIONS = "SELECT audit_make_partitions()"
 AUDIT_FORGET = "SELECT audit_forget($1::interval)"

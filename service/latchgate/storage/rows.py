@@ -20,11 +20,13 @@ from latchgate.domain.model import (
     KeyType,
     Network,
     Organization,
+    Outcome,
     Plan,
     Scope,
     Secret,
 )
 from latchgate.domain.permissions import Grants
+from latchgate.domain.trail import SuspiciousUse
 
 Row = asyncpg.Record
 Show = Callable[[KeyIdentity], bytes]
@@ -163,6 +165,21 @@ def audit_event(row: Row) -> ChainedEvent:
             reason=row["reason"],
         ),
         hash=row["hash"],
+    )
+
+
+def suspicious_use(row: Row) -> SuspiciousUse:
+    """Reads a row of suspicious use."""
+    return SuspiciousUse(
+        id=row["id"],
+        hour=row["hour"],
+        source=row["source"],
+        outcome=Outcome(row["outcome"]),
+        organization_id=row["organization_id"],
+        key_id=row["key_id"],
+        count=row["count"],
+        first_time=row["first_time"],
+        last_time=row["last_time"],
     )
 
 

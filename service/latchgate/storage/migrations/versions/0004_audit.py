@@ -118,6 +118,22 @@ _STATEMENTS = (
     $$
     """,
     "SELECT audit_make_partitions()",
+    # Tokens that were tried and should not be, counted by the hour and source. Without a key: tokens that nobody has.
+    """
+    CREATE TABLE suspicious_use (
+        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        hour timestamptz NOT NULL,
+        source text COLLATE "C" NOT NULL,
+        outcome text NOT NULL,
+        organization_id text COLLATE "C" NOT NULL,
+        key_id text COLLATE "C" NOT NULL,
+        count bigint NOT NULL,
+        first_time timestamptz NOT NULL DEFAULT now(),
+        last_time timestamptz NOT NULL DEFAULT now(),
+        CONSTRAINT suspicious_use_once UNIQUE (hour, source, outcome, key_id)
+    ) WITH (fillfactor = 80)
+    """,
+    "CREATE INDEX suspicious_use_by_organization ON suspicious_use (organization_id, id)",
 )
 
 
@@ -129,5 +145,5 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Removes them, and all that was recorded with them."""
-    op.execute("DROP TABLE audit_event, audit_head, audit_start")
+    op.execute("DROP TABLE audit_event, audit_head, audit_start, suspicious_use")
     op.execute("DROP FUNCTION audit_forget(interval), audit_make_partitions(), audit_refuse()")
