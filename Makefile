@@ -10,6 +10,8 @@ STAMP := $(VENV)/.installed
 # The contract as last released; `make breaking` compares with it.
 BASELINE := protos/released.binpb
 IMAGE := build/contract.binpb
+# Tests that break things and watch how long it takes: one at a time, and nothing beside them.
+ALONE := tests/bench tests/cluster tests/faults tests/contract/test_embedded_postgres.py
 
 .PHONY: help
 help: ## Print this list
@@ -35,7 +37,8 @@ run: $(STAMP) ## Start the service with its embedded database, and show a key's 
 
 .PHONY: test
 test: $(STAMP) ## Run the tests against a real PostgreSQL that they start themselves
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	@$(BIN)/python -m pytest -q $(ALONE)
 
 .PHONY: faults
 faults: $(STAMP) ## Break a cluster of real processes in every way, for 15 minutes; writes docs/reliability.md

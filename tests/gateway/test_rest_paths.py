@@ -52,7 +52,7 @@ async def test_every_method_has_its_path(edge: Edge, acme: Tenant, method: str) 
     assert 200 == answer.status, answer.text
     response = GetMessageClass(METHODS[method].output_type)()
     json_format.ParseDict(answer.json, response)
-    assert response.ByteSize()
+    assert answer.json
     assert set(answer.json) <= {field.name for field in METHODS[method].output_type.fields}
     assert not [name for name in answer.headers if name.lower().startswith(("grpc-", "x-envoy-"))]
 

@@ -703,7 +703,7 @@ async def test_tokens_of_ones_own_organization(only_organization_id: str) -> Non
     assert Outcome.VALID is verdict.outcome
 
 
-@pytest.mark.parametrize("token", [TOKEN, "no token"])
+@pytest.mark.parametrize("token", [TOKEN, "no token"], ids=["a token", "none"])
 @pytest.mark.parametrize("cost", [-1, 1_000_001])
 async def test_costs_that_make_no_sense(token: str, cost: int) -> None:
     """A cost below 0 or above a million is refused, whatever the token: a gateway's mistake shows at once."""
@@ -764,7 +764,11 @@ async def test_memory_knows_that_a_token_is_none() -> None:
     assert ([], 0) == (scene.reader.asked, scene.foreign.refused)
 
 
-@pytest.mark.parametrize("token", ["no token", TokenFormat(bytes(32)).mint(KeyType.SECRET, Environment.LIVE).token])
+@pytest.mark.parametrize(
+    "token",
+    ["no token", TokenFormat(bytes(32)).mint(KeyType.SECRET, Environment.LIVE).token],
+    ids=["none", "of another deployment"],
+)
 async def test_impossible_tokens_take_no_place_in_memory(token: str) -> None:
     """What can not be a token takes no place in memory, and asks nothing of storage."""
     scene = Scene()
@@ -780,7 +784,7 @@ async def test_memory_is_asked_for_the_revision_of_the_request() -> None:
     assert [digest(TOKEN)] == scene.reader.asked
 
 
-@pytest.mark.parametrize("token", [TOKEN, FOREIGN_TOKEN])
+@pytest.mark.parametrize("token", [TOKEN, FOREIGN_TOKEN], ids=["own", "foreign"])
 async def test_what_was_looked_up_is_kept(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What storage says is given to memory, with the time before it was asked: memory's age is counted from there."""
     scene = Scene()
