@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,12 +19,15 @@ from ulid import ULID
 from latchgate.background import Background
 from latchgate.config import Settings, SettingsError, ValidateAccess, load_scopes
 from latchgate.database import database_address
+from latchgate.domain.access import CORE_SCOPES
 from latchgate.domain.cache import KeyCache
+from latchgate.domain.catalogue import ScopeManager, missing
 from latchgate.domain.coherence import Coherence, LeaseTerms
 from latchgate.domain.errors import UnavailableError
 from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import Scope
 from latchgate.domain.organizations import OrganizationManager
+from latchgate.domain.permissions import WILDCARD
 from latchgate.domain.suspicion import SuspicionCounter
 from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.trail import AuditReader
@@ -104,11 +107,15 @@ def make_id(prefix: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """What a start has found and made. `schema_before` is None for a new database."""
+    """What a start has found and made. `schema_before` is None for a new database.
+
+    `missing_scopes` are permissions that match no scope any more, and how many keys hold each.
+    """
 
     root: RootKey
     schema_before: str | None
     schema: str
+    missing_scopes: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,7 +326,19 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
     trail, retention = PostgresTrail(database), timedelta(days=settings.audit_retention_days)
     background.repeat("keeping of the audit trail", AUDIT_INTERVAL_S, lambda: keep_trail(trail, retention))
     background.repeat("clearing of silent workers", FORGET_INTERVAL_S, effects.sweep)
-    return Ready(root=root, schema_before=before, schema=schema)
+    # Calls are answered by now: of many keys this may take a second.
+    missing_scopes = await _missing_scopes(PostgresStore(database), parts.scopes)
+    return Ready(root=root, schema_before=before, schema=schema, missing_scopes=missing_scopes)
+
+
+async def _missing_scopes(store: PostgresStore, deployment: Sequence[Scope]) -> Mapping[str, int]:
+    """Gives the permissions that match no scope any more, as when one was taken out of the deployment's file."""
+    names = [WILDCARD, *(scope.name for scope in (*CORE_SCOPES, *deployment))]
+    try:
+        return missing(await store.permissions_beyond(names), deployment)
+    except UnavailableError as error:
+        _log.warning("scopes_not_checked", problem=error.message)
+        return {}
 
 
 def _backend(
@@ -342,10 +361,11 @@ def _backend(
         make_id=make_id,
         deployment_scopes=parts.scopes,
     )
-    organizations = OrganizationManager(store=store, effects=effects, make_id=make_id)
+    organizations = OrganizationManager(store=store, effects=effects, make_id=make_id, deployment_scopes=parts.scopes)
     services = {
         KEY_SERVICE.full_name: KeyService(
             keys=keys,
+            scopes=ScopeManager(store=store, deployment_scopes=parts.scopes),
             validator=validator,
             pages=pages,
             outcomes=metrics,

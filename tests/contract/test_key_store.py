@@ -200,8 +200,8 @@ async def _save_organization(store: PostgresStore, organization: Organization) -
 
 
 async def test_key_count_is_the_number_of_unrevoked_keys(database_url: str, observer: Connection) -> None:
-    """Whatever is created, revoked, deleted and revoked again at the same time, an organization's count is that of its
-    keys which are not revoked.
+    """Whatever is created, revoked, deleted, brought back and revoked again at the same time, an organization's count
+    is that of its keys which are not revoked.
     """
     async with opened(database_url, pool_size=10) as database:
         store = PostgresStore(database)
@@ -212,8 +212,10 @@ async def test_key_count_is_the_number_of_unrevoked_keys(database_url: str, obse
 
         async def live(organization_id: str) -> None:
             created = await keys.create(ROOT_CALLER, organization_id, draft())
-            await keys.create(ROOT_CALLER, organization_id, draft())
+            other = await keys.create(ROOT_CALLER, organization_id, draft())
             await keys.rotate(ROOT_CALLER, created.key.id, timedelta())
+            await keys.delete(ROOT_CALLER, other.key.id)
+            await asyncio.gather(*(keys.undelete(ROOT_CALLER, other.key.id) for _ in range(2)))
             await keys.revoke(ROOT_CALLER, created.key.id, "")
             await keys.delete(ROOT_CALLER, created.key.id)
 

@@ -120,6 +120,25 @@ async def test_revocation_lost(wired: RunningService, wire: FaultyWire, fault: C
     assert "REVOKED" == await wired.outcome(created.token)
 
 
+@pytest.mark.parametrize("fault", UNKNOWN)
+async def test_undeletion_lost(wired: RunningService, wire: FaultyWire, fault: CommitFault) -> None:
+    """UndeleteKey that is repeated after WRITE_UNKNOWN succeeds, whether it was stored before or not, and the key
+    counts once.
+    """
+    created = await wired.create_key()
+    await wired.keys.DeleteKey(keys_pb.DeleteKeyRequest(key_id=created.key.id), metadata=wired.root)
+    request = keys_pb.UndeleteKeyRequest(key_id=created.key.id)
+    wire.at_next_commit(fault)
+
+    error = await refusal(wired.keys.UndeleteKey(request, metadata=wired.root))
+
+    assert "WRITE_UNKNOWN" == error.reason
+    await wired.keys.UndeleteKey(request, metadata=wired.root)
+    assert "VALID" == await wired.outcome(created.token)
+    async with connected(wired.database_url) as connection:
+        assert 1 == await connection.fetchval("SELECT key_count FROM organization WHERE id = 'acme'")
+
+
 async def test_connection_lost_after_answer(wired: RunningService, wire: FaultyWire) -> None:
     """A change whose commit was answered is answered as done, though the connection is lost right after it."""
     created = await wired.create_key()

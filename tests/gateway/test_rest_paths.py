@@ -174,3 +174,19 @@ async def test_large_page(edge: Edge, acme: Tenant) -> None:
 
 def _told(answer: Any) -> tuple[int, str]:
     return answer.status, answer.reason
+
+
+async def test_names_of_scopes_in_paths(edge: Edge, acme: Tenant) -> None:
+    """A scope's name stands in a path as it is, or with `%3A` for its colons: where its last segment is also the verb
+    of a path, such as `batch`, only so.
+    """
+    query = {"organization_id": acme.id}
+    for name, written in (
+        ("orders:read", "orders:read"),
+        ("orders:read.all", "orders%3Aread.all"),
+        ("orders:batch", "orders%3Abatch"),
+    ):
+        await acme.create_scope(name)
+        removed = await edge.call("DELETE", f"/v1/api-keys/scopes/{written}", params=query)
+        assert (200, False) == (removed.status, name in await acme.scope_names()), removed.text
+    assert 404 == (await edge.call("DELETE", "/v1/api-keys/scopes/orders:batch", params=query)).status

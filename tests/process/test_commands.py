@@ -195,17 +195,29 @@ def test_arguments(ending: Ending, arguments: list[str], status: int, said: str)
 async def test_warnings(database_url: str, tmp_path: Path) -> None:
     """A root token of the settings whose key was revoked does not come back; the log says that it is refused.
 
-    And it says of a variable that is none of ours, most likely a slip of the pen, that it is not known.
+    And it says of a variable that is none of ours, most likely a slip of the pen, that it is not known; and of a scope
+    that was in the deployment's file once how many keys still hold it.
     """
     settings = make_settings(database_url)
     async with serving(settings) as running:
         await running.ready
     async with connected(database_url) as connection:
         await connection.execute("UPDATE key SET revoke_time = now() WHERE organization_id = 'org_root'")
+        await connection.execute("INSERT INTO organization (id, name, plan_id) VALUES ('acme', 'Acme', 'default')")
+        await connection.execute(
+            """
+            INSERT INTO key (id, organization_id, name, key_type, environment, permissions, rate_limit_per_minute,
+                             user_id, user_email, metadata, allowed_cidrs, created_by)
+            SELECT 'key_' || number, 'acme', '', 'secret', 'live', '{read,orders:read}', 0, '', '', '{}', '{}', ''
+            FROM generate_series(1, 3) AS number
+            """
+        )
     variables = environment(
         **SERVE, DATABASE_URL=database_url, ROOT_TOKEN=ROOT_TOKEN, TAG_KEY=TAG_KEY, DATABASE_URI="hunter2-password"
     )
     async with latchgate("serve", tmp_path, variables) as process:
+        missing = await process.event("scope_missing")
+        assert ("warning", "orders:read", 3) == (missing["level"], missing["scope"], missing["keys"])
         assert "warning" == (await process.event("root_token_refused"))["level"]
         assert "LATCHGATE_DATABASE_URI" == (await process.event("unknown_setting"))["name"]
         assert ROOT_TOKEN not in process.text

@@ -81,6 +81,36 @@ async def test_life_of_a_key(acme: Tenant) -> None:
         assert token[-20:] not in shown
 
 
+async def test_scopes_and_keys_that_come_back(acme: Tenant) -> None:
+    """What becomes of an organization's scopes is recorded by their names, and that a deleted key was brought back."""
+    await acme.create_scope("orders:read", description="Read orders.")
+    key_id = (await acme.key(permissions=["orders:read"])).key.id
+    await refusal(acme.delete_scope("orders:read"))
+    await acme.delete(key_id)
+    undeleted = await acme.undelete(key_id)
+    await acme.revoke(key_id)
+    await acme.delete_scope("orders:read")
+
+    removed, made = await events_of(acme, entity="scope")
+    assert ("KeyService/CreateScope", "orders:read", "Read orders.", False) == (
+        made.method,
+        made.entity_id,
+        made.after["description"],
+        made.HasField("before"),
+    )
+    assert ("KeyService/DeleteScope", "orders:read", "Read orders.", False) == (
+        removed.method,
+        removed.entity_id,
+        removed.before["description"],
+        removed.HasField("after"),
+    )
+    (refused,) = await events_of(acme, method="KeyService/DeleteScope", code="FAILED_PRECONDITION")
+    assert "SCOPE_IN_USE" == refused.reason
+    (event,) = await events_of(acme, method="KeyService/UndeleteKey")
+    assert (key_id, undeleted.effect.revision) == (event.entity_id, event.revision)
+    assert (False, True) == (event.before["delete_time"] is None, event.after["delete_time"] is None)
+
+
 async def test_a_call_that_changes_nothing_is_recorded_as_one(acme: Tenant) -> None:
     """Repeating a call that is done already is recorded as a call, without a change."""
     created = await acme.key()

@@ -22,12 +22,18 @@ async def _update_plan(tenant: Tenant, _: str) -> Any:
     return await update_plan(tenant.service, organizations_pb.Plan(id=plan_id, max_keys=7))
 
 
+async def _undelete(tenant: Tenant, key_id: str) -> Any:
+    await tenant.delete(key_id)
+    return await tenant.undelete(key_id)
+
+
 CHANGES: dict[str, Callable[[Tenant, str], Awaitable[Any]]] = {
     "UpdateKey": lambda tenant, key_id: tenant.update(key_pb2.Key(id=key_id, name="after")),
     "ToggleKey": lambda tenant, key_id: tenant.toggle(key_id),
     "RotateKey": lambda tenant, key_id: tenant.rotate(key_id),
     "RevokeKey": lambda tenant, key_id: tenant.revoke(key_id),
     "DeleteKey": lambda tenant, key_id: tenant.delete(key_id),
+    "UndeleteKey": _undelete,
     "UpdateOrganization": lambda tenant, _: update_organization(
         tenant.service, organizations_pb.Organization(id=tenant.id, name="After")
     ),

@@ -20,7 +20,7 @@ async def test_reads_the_key(acme: Tenant) -> None:
 
 
 async def test_reads_deleted_keys(acme: Tenant) -> None:
-    """A deleted key is kept for the audit trail, with all that it was."""
+    """A deleted key is kept until it is removed for good, with all that it was."""
     key = (await acme.key(name="gone", metadata={"a": "b"})).key
     deleted = (await acme.delete(key.id)).key
     found = await acme.get(key.id)

@@ -13,7 +13,7 @@ from support.service import refusal, run_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-CORE = ["audit:read", "keys:read", "keys:validate", "keys:write", "read", "write"]
+CORE = ["audit:read", "keys:read", "keys:validate", "keys:write", "read", "scopes:write", "write"]
 
 
 async def test_core_scopes(acme: Tenant) -> None:
@@ -49,7 +49,14 @@ async def test_deployment_scopes(database_url: str, tmp_path: Path) -> None:
         await tenant.give_scopes("orders:read", "keys:write", "orders:ship")
         scopes = {scope.name: scope for scope in (await tenant.scopes()).scopes}
         await tenant.key(permissions=["orders:read", "orders:ship"])
+        taken = await refusal(tenant.create_scope("orders:read"))
+        # Its own of that name gave it nothing; without it the catalogue is the same.
+        left = await tenant.delete_scope("orders:read")
+        not_own = await refusal(tenant.delete_scope("orders:read"))
     assert sorted([*CORE, "orders:read", "orders:ship"]) == list(scopes)
+    assert ("SCOPE_EXISTS", {"source": "deployment"}) == (taken.reason, taken.metadata)
+    assert ("SCOPE_NOT_OWN", {"source": "deployment"}) == (not_own.reason, not_own.metadata)
+    assert list(scopes) == left
     assert "Read all orders." == scopes["orders:read"].description
     assert {
         "orders:read": keys_pb.SCOPE_SOURCE_DEPLOYMENT,

@@ -25,8 +25,11 @@ NEEDED: dict[str, tuple[str, Callable[[str], Any]]] = {
     "RotateKey": ("keys:write", lambda key_id: keys_pb.RotateKeyRequest(key_id=key_id)),
     "RevokeKey": ("keys:write", lambda key_id: keys_pb.RevokeKeyRequest(key_id=key_id)),
     "DeleteKey": ("keys:write", lambda key_id: keys_pb.DeleteKeyRequest(key_id=key_id)),
+    "UndeleteKey": ("keys:write", lambda key_id: keys_pb.UndeleteKeyRequest(key_id=key_id)),
     "GetPublishableKey": ("keys:read", lambda _: keys_pb.GetPublishableKeyRequest()),
     "ListScopes": ("keys:read", lambda _: keys_pb.ListScopesRequest()),
+    "CreateScope": ("scopes:write", lambda _: keys_pb.CreateScopeRequest(name="orders:read")),
+    "DeleteScope": ("scopes:write", lambda _: keys_pb.DeleteScopeRequest(name="orders:read")),
 }
 
 
@@ -41,7 +44,7 @@ async def test_the_permission_that_a_method_needs(acme: Tenant, method: str) -> 
     """A method can be called with its own permission alone, and not with all others together."""
     needed, make = NEEDED[method]
     request = make((await acme.key(key_type=key_pb2.KEY_TYPE_PUBLISHABLE)).key.id)
-    others = {"keys:read", "keys:write", "keys:validate", "audit:read", "read", "write"} - {needed}
+    others = {"keys:read", "keys:write", "keys:validate", "audit:read", "scopes:write", "read", "write"} - {needed}
     error = await refusal(getattr(acme.service.keys, method)(request, metadata=await acme.caller(*others)))
     assert (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_MISSING") == (error.code, error.reason)
     assert {"permission": needed} == error.metadata
@@ -130,7 +133,7 @@ async def test_stronger_keys_can_be_weakened(acme: Tenant) -> None:
 
 
 async def test_stronger_tokens_can_not_be_brought_back(acme: Tenant) -> None:
-    """Who has kept a stronger token that is off, expired or bound to a network can not make it good again."""
+    """Who has kept a stronger token that is off, expired, bound to a network or deleted can not make it good again."""
     caller = await acme.caller("keys:write")
     off = (await acme.key(permissions=["read"])).key.id
     await acme.toggle(off, active=False)
@@ -138,7 +141,9 @@ async def test_stronger_tokens_can_not_be_brought_back(acme: Tenant) -> None:
     await acme.expire(expired)
     expiring = (await acme.key(permissions=["read"], expire_time=hours_ahead(1))).key.id
     bound = (await acme.key(permissions=["read"], allowed_cidrs=["10.0.0.0/8"])).key.id
-    before = [await acme.get(key_id) for key_id in (off, expired, expiring, bound)]
+    deleted = (await acme.key(permissions=["read"])).key.id
+    await acme.delete(deleted)
+    before = [await acme.get(key_id) for key_id in (off, expired, expiring, bound, deleted)]
     for call in (
         acme.toggle(off, active=True, caller=caller),
         acme.toggle(off, caller=caller),
@@ -147,9 +152,10 @@ async def test_stronger_tokens_can_not_be_brought_back(acme: Tenant) -> None:
         acme.update(key_pb2.Key(id=expiring, expire_time=hours_ahead(2)), caller=caller),
         acme.update(key_pb2.Key(id=bound, name="x"), "name", "allowed_cidrs", caller=caller),
         acme.update(key_pb2.Key(id=bound, allowed_cidrs=["0.0.0.0/0"]), caller=caller),
+        acme.undelete(deleted, caller=caller),
     ):
         assert_not_held(await refusal(call), "read")
-    assert before == [await acme.get(key_id) for key_id in (off, expired, expiring, bound)]
+    assert before == [await acme.get(key_id) for key_id in (off, expired, expiring, bound, deleted)]
 
 
 async def test_own_kind_of_keys_can_be_brought_back(acme: Tenant) -> None:

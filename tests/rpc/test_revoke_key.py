@@ -62,11 +62,22 @@ async def test_keys_that_are_refused_already(acme: Tenant, state: str) -> None:
 
 
 async def test_deleted_key(acme: Tenant) -> None:
-    """Revoking a deleted key changes nothing."""
+    """Revoking a deleted key makes its end final: it says when and why, stays deleted, and can not be brought back.
+    When it is to be removed stays.
+    """
     created = await acme.key()
-    deleted = await acme.delete(created.key.id)
-    again = await acme.revoke(created.key.id, reason="late")
-    assert (deleted.key, deleted.effect) == (again.key, again.effect)
+    deleted = (await acme.delete(created.key.id)).key
+    revoked = await acme.revoke(created.key.id, reason="leaked as well")
+    assert ("DELETED", "leaked as well", True) == (
+        state_of(revoked.key),
+        revoked.key.revoke_reason,
+        is_effective(revoked.effect),
+    )
+    assert deleted.revoke_time.ToDatetime() < revoked.key.revoke_time.ToDatetime()
+    assert deleted.purge_time == revoked.key.purge_time
+    assert revoked == await acme.revoke(created.key.id, reason="late")
+    assert "KEY_REVOKED" == (await refusal(acme.undelete(created.key.id))).reason
+    assert "REVOKED" == await acme.service.outcome(created.token)
 
 
 async def test_reason_limits(acme: Tenant) -> None:

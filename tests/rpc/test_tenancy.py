@@ -29,6 +29,7 @@ ABOUT_A_KEY: dict[str, Callable[[str], Any]] = {
     "RotateKey": lambda key_id: keys_pb.RotateKeyRequest(key_id=key_id, request_id=REQUEST_ID),
     "RevokeKey": lambda key_id: keys_pb.RevokeKeyRequest(key_id=key_id, reason="taken"),
     "DeleteKey": lambda key_id: keys_pb.DeleteKeyRequest(key_id=key_id),
+    "UndeleteKey": lambda key_id: keys_pb.UndeleteKeyRequest(key_id=key_id),
 }
 ABOUT_AN_ORGANIZATION: dict[str, Callable[[str], Any]] = {
     "CreateKey": lambda organization_id: keys_pb.CreateKeyRequest(
@@ -37,6 +38,12 @@ ABOUT_AN_ORGANIZATION: dict[str, Callable[[str], Any]] = {
     "ListKeys": lambda organization_id: keys_pb.ListKeysRequest(organization_id=organization_id, show_deleted=True),
     "GetPublishableKey": lambda organization_id: keys_pb.GetPublishableKeyRequest(organization_id=organization_id),
     "ListScopes": lambda organization_id: keys_pb.ListScopesRequest(organization_id=organization_id),
+    "CreateScope": lambda organization_id: keys_pb.CreateScopeRequest(
+        organization_id=organization_id, name="orders:planted"
+    ),
+    "DeleteScope": lambda organization_id: keys_pb.DeleteScopeRequest(
+        organization_id=organization_id, name="orders:theirs"
+    ),
 }
 ROOT_ONLY: dict[str, Callable[[str], Any]] = {
     "CreateOrganization": lambda organization_id: organizations_pb.CreateOrganizationRequest(
@@ -106,12 +113,15 @@ async def test_root_keys_are_others(acme: Tenant, method: str) -> None:
 async def test_other_organizations(acme: Tenant, rival: Tenant, method: str) -> None:
     """Another organization, the service's own included, is answered like one that never was."""
     await rival.key(key_type=key_pb2.KEY_TYPE_PUBLISHABLE)
+    await rival.give_scopes("orders:theirs")
+    scopes = await rival.scopes()
     make, service = ABOUT_AN_ORGANIZATION[method], acme.service.keys
     for organization_id in (rival.id, "org_root", NO_ORGANIZATION):
         told = await _told(service, method, make(organization_id), acme.admin, organization_id)
         expected = "organization <id> does not exist"
         assert (grpc.StatusCode.NOT_FOUND, "ORGANIZATION_NOT_FOUND", expected, {}, {}) == told
     assert 2 == len((await rival.list()).keys)
+    assert scopes == await rival.scopes()
 
 
 @pytest.mark.parametrize("method", ABOUT_AN_ORGANIZATION)

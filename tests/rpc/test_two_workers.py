@@ -181,6 +181,21 @@ async def test_what_was_ended_comes_back_everywhere(pair: Pair) -> None:
     assert ["VALID"] * 2 == await pair.outcomes(created.token)
 
 
+async def test_what_was_deleted_comes_back_everywhere(pair: Pair) -> None:
+    """A key that is undeleted at one service is accepted by both when the call has returned, though both had in memory
+    that it was ended; and again, and at once for all that ask.
+    """
+    created = await pair.key()
+    for _ in range(3):
+        await pair.tenant.delete(created.key.id)
+        assert ["REVOKED"] * 2 == await pair.outcomes(created.token)
+        remembered = [hits(service) for service in pair.both]
+        assert ["REVOKED"] * 2 == await pair.outcomes(created.token)
+        assert [each + 1 for each in remembered] == [hits(service) for service in pair.both]
+        undeleted = await pair.tenant.undelete(created.key.id)
+        assert (["VALID"] * 2, True) == (await pair.outcomes(created.token), is_effective(undeleted.effect))
+
+
 async def test_plans_change_everywhere(pair: Pair) -> None:
     """A plan's limit that was changed, and a plan that an organization was moved to, hold for keys in memory too."""
     service = pair.tenant.service

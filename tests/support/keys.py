@@ -102,6 +102,10 @@ class Tenant:
         """Calls DeleteKey."""
         return self._call("DeleteKey", keys_pb.DeleteKeyRequest(key_id=key_id), caller)
 
+    def undelete(self, key_id: str, *, caller: Metadata | None = None) -> Awaitable[keys_pb.UndeleteKeyResponse]:
+        """Calls UndeleteKey."""
+        return self._call("UndeleteKey", keys_pb.UndeleteKeyRequest(key_id=key_id), caller)
+
     def publishable(
         self, caller: Metadata | None = None, **fields: Any
     ) -> Awaitable[keys_pb.GetPublishableKeyResponse]:
@@ -111,6 +115,22 @@ class Tenant:
     def scopes(self, caller: Metadata | None = None, **fields: Any) -> Awaitable[keys_pb.ListScopesResponse]:
         """Calls ListScopes."""
         return self._call("ListScopes", keys_pb.ListScopesRequest(**fields), caller)
+
+    async def create_scope(self, name: str, caller: Metadata | None = None, **fields: Any) -> keys_pb.Scope:
+        """Calls CreateScope."""
+        request = keys_pb.CreateScopeRequest(name=name, **fields)
+        answer: keys_pb.CreateScopeResponse = await self._call("CreateScope", request, caller)
+        return answer.scope
+
+    async def delete_scope(self, name: str, caller: Metadata | None = None, **fields: Any) -> Sequence[str]:
+        """Calls DeleteScope, and gives the names of the scopes that are left."""
+        request = keys_pb.DeleteScopeRequest(name=name, **fields)
+        answer: keys_pb.DeleteScopeResponse = await self._call("DeleteScope", request, caller)
+        return [scope.name for scope in answer.scopes]
+
+    async def scope_names(self) -> Sequence[str]:
+        """Gives the names of the catalogue."""
+        return [scope.name for scope in (await self.scopes()).scopes]
 
     async def set_active(self, *, active: bool) -> None:
         """Switches the organization, as root."""
@@ -124,6 +144,14 @@ class Tenant:
     async def expire(self, key_id: str) -> None:
         """Moves a key's expiry to this moment, by the database's clock."""
         await change_key(self.service, key_id, "UPDATE key SET expire_time = now() WHERE id = $1", key_id)
+
+    async def age_deletion(self, key_id: str, age: timedelta) -> None:
+        """Moves a key's deletion into the past, by the database's clock."""
+        statement = (
+            "UPDATE key SET delete_time = now() - $2::interval, revoke_time = CASE WHEN revoke_time = delete_time "
+            "THEN now() - $2::interval ELSE revoke_time END WHERE id = $1"
+        )
+        await execute(self.service, statement, key_id, age)
 
     async def end_grace(self, key_id: str) -> None:
         """Moves the end of a running grace period to this moment, by the database's clock."""

@@ -282,8 +282,13 @@ def good_request(method: str, *, key_id: str, organization_id: str = "acme", tok
         "RotateKey": lambda: keys_pb.RotateKeyRequest(key_id=key_id, request_id=str(uuid.uuid4())),
         "RevokeKey": lambda: keys_pb.RevokeKeyRequest(key_id=key_id, reason="not needed any more"),
         "DeleteKey": lambda: keys_pb.DeleteKeyRequest(key_id=key_id),
+        "UndeleteKey": lambda: keys_pb.UndeleteKeyRequest(key_id=key_id),
         "GetPublishableKey": lambda: keys_pb.GetPublishableKeyRequest(organization_id=organization_id),
         "ListScopes": lambda: keys_pb.ListScopesRequest(organization_id=organization_id),
+        "CreateScope": lambda: keys_pb.CreateScopeRequest(
+            organization_id=organization_id, name=f"s-{unique}:read", description="Read some."
+        ),
+        "DeleteScope": lambda: keys_pb.DeleteScopeRequest(organization_id=organization_id, name="orders:gone"),
         "Validate": lambda: keys_pb.ValidateRequest(token=token),
         "BatchValidate": lambda: keys_pb.BatchValidateRequest(requests=[keys_pb.ValidateRequest(token=token)]),
         "CreateOrganization": lambda: organizations_pb.CreateOrganizationRequest(

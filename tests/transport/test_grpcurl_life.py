@@ -73,6 +73,34 @@ async def test_whole_life(terminal: Terminal) -> None:
     assert "REVOKED" == await terminal.outcome(third)
 
 
+async def test_scopes_and_a_key_that_comes_back(terminal: Terminal) -> None:
+    """An organization's scope is made, needed by a key and removed; a deleted key says when it will be gone for good,
+    and comes back.
+    """
+    await terminal.ask("OrganizationService/CreateOrganization", organization_id="acme", name="Acme")
+    of_acme = {"organization_id": "acme", "name": "orders:read"}
+    made = await terminal.ask("KeyService/CreateScope", **of_acme, description="Read orders.")
+    assert "SCOPE_SOURCE_ORGANIZATION" == made["scope"]["source"]
+    listed = await terminal.ask("KeyService/ListScopes", organization_id="acme")
+    assert made["scope"] in listed["scopes"]
+    created = await terminal.ask("KeyService/CreateKey", organization_id="acme", name="ci", permissions=["orders:read"])
+    key_id = created["key"]["id"]
+    told = await terminal.fail("KeyService/DeleteScope", **of_acme)
+    assert "SCOPE_IN_USE" in told
+    assert key_id in told
+
+    deleted = await terminal.ask("KeyService/DeleteKey", key_id=key_id)
+    assert deleted["key"]["purge_time"] > deleted["key"]["revoke_time"]
+    assert "REVOKED" == await terminal.outcome(created["token"])
+    undeleted = await terminal.ask("KeyService/UndeleteKey", key_id=key_id)
+    assert ("KEY_STATE_ACTIVE", False) == (undeleted["key"]["state"], "purge_time" in undeleted["key"])
+    assert "VALID" == await terminal.outcome(created["token"], required_permissions=["orders:read"])
+
+    await terminal.ask("KeyService/RevokeKey", key_id=key_id)
+    left = await terminal.ask("KeyService/DeleteScope", **of_acme)
+    assert "orders:read" not in [scope["name"] for scope in left["scopes"]]
+
+
 async def test_mistakes_are_told_clearly(terminal: Terminal) -> None:
     """Each mistake of a newcomer is answered with a reason for programs and a sentence that says what to do."""
     await terminal.ask("OrganizationService/CreateOrganization", organization_id="acme", name="Acme")

@@ -223,7 +223,7 @@ def test_unknown_permission_is_named() -> None:
     assert {"permission": "ordres:read"} == caught.value.details
 
 
-@pytest.mark.parametrize("permission", [*MANAGEMENT_SCOPES, "keys:*", "audit:*", "*:read", "*:*", "*"])
+@pytest.mark.parametrize("permission", [*MANAGEMENT_SCOPES, "keys:*", "audit:*", "scopes:*", "*:read", "*:*", "*"])
 def test_publishable_keys_manage_nothing(permission: str) -> None:
     """A token that anyone may hold never gives access to the management of keys, by no wildcard either."""
     with pytest.raises(InvalidFieldError) as caught:

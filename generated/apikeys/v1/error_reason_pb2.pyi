@@ -76,7 +76,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_KEY_REVOKED: _ErrorReason.ValueType  # 21
     """FAILED_PRECONDITION. The key is revoked for good."""
     ERROR_REASON_KEY_DELETED: _ErrorReason.ValueType  # 22
-    """FAILED_PRECONDITION. The key is deleted."""
+    """FAILED_PRECONDITION. The key is deleted. UndeleteKey may bring it back."""
     ERROR_REASON_KEY_EXPIRED: _ErrorReason.ValueType  # 23
     """FAILED_PRECONDITION. The key has expired; set a later expire_time first."""
     ERROR_REASON_LAST_ROOT_KEY: _ErrorReason.ValueType  # 24
@@ -97,6 +97,21 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE. More unknown tokens of foreign formats were tried at once than are looked up. Try again."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 31
     """INTERNAL. A fault of the service. Metadata `incident`: the number under which its log has the details."""
+    ERROR_REASON_SCOPE_IN_USE: _ErrorReason.ValueType  # 50
+    """FAILED_PRECONDITION. Keys that are neither revoked nor deleted have a permission which would match no scope of the
+    catalogue any more. Metadata `scope`: the scope that they need; `key_count`: how many they are; `key_ids`: the first ten
+    of them, with commas between them.
+    """
+    ERROR_REASON_SCOPE_EXISTS: _ErrorReason.ValueType  # 51
+    """ALREADY_EXISTS. The catalogue has the scope already. Metadata `source`: core, deployment or organization."""
+    ERROR_REASON_SCOPE_NOT_OWN: _ErrorReason.ValueType  # 52
+    """FAILED_PRECONDITION. The scope is not the organization's own, and can not be removed by it. Metadata `source`: core or
+    deployment.
+    """
+    ERROR_REASON_SCOPE_LIMIT_REACHED: _ErrorReason.ValueType  # 53
+    """RESOURCE_EXHAUSTED. The organization has as many scopes of its own as it can have. Metadata `max_scopes`."""
+    ERROR_REASON_UNDELETE_EXPIRED: _ErrorReason.ValueType  # 54
+    """FAILED_PRECONDITION. The key was deleted more than 30 days ago and can not be brought back any more."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of the google.rpc.ErrorInfo (domain `latchgate`) that every error carries. What is sent is the name without
@@ -158,7 +173,7 @@ ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 20
 ERROR_REASON_KEY_REVOKED: ErrorReason.ValueType  # 21
 """FAILED_PRECONDITION. The key is revoked for good."""
 ERROR_REASON_KEY_DELETED: ErrorReason.ValueType  # 22
-"""FAILED_PRECONDITION. The key is deleted."""
+"""FAILED_PRECONDITION. The key is deleted. UndeleteKey may bring it back."""
 ERROR_REASON_KEY_EXPIRED: ErrorReason.ValueType  # 23
 """FAILED_PRECONDITION. The key has expired; set a later expire_time first."""
 ERROR_REASON_LAST_ROOT_KEY: ErrorReason.ValueType  # 24
@@ -179,4 +194,19 @@ ERROR_REASON_LOOKUP_BUDGET_EXCEEDED: ErrorReason.ValueType  # 30
 """UNAVAILABLE. More unknown tokens of foreign formats were tried at once than are looked up. Try again."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 31
 """INTERNAL. A fault of the service. Metadata `incident`: the number under which its log has the details."""
+ERROR_REASON_SCOPE_IN_USE: ErrorReason.ValueType  # 50
+"""FAILED_PRECONDITION. Keys that are neither revoked nor deleted have a permission which would match no scope of the
+catalogue any more. Metadata `scope`: the scope that they need; `key_count`: how many they are; `key_ids`: the first ten
+of them, with commas between them.
+"""
+ERROR_REASON_SCOPE_EXISTS: ErrorReason.ValueType  # 51
+"""ALREADY_EXISTS. The catalogue has the scope already. Metadata `source`: core, deployment or organization."""
+ERROR_REASON_SCOPE_NOT_OWN: ErrorReason.ValueType  # 52
+"""FAILED_PRECONDITION. The scope is not the organization's own, and can not be removed by it. Metadata `source`: core or
+deployment.
+"""
+ERROR_REASON_SCOPE_LIMIT_REACHED: ErrorReason.ValueType  # 53
+"""RESOURCE_EXHAUSTED. The organization has as many scopes of its own as it can have. Metadata `max_scopes`."""
+ERROR_REASON_UNDELETE_EXPIRED: ErrorReason.ValueType  # 54
+"""FAILED_PRECONDITION. The key was deleted more than 30 days ago and can not be brought back any more."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -114,7 +114,7 @@ class _KeyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeyState.Val
     KEY_STATE_REVOKED: _KeyState.ValueType  # 4
     """Revoked for good."""
     KEY_STATE_DELETED: _KeyState.ValueType  # 5
-    """Revoked for good and left out of lists; kept for the audit trail."""
+    """Refused like a revoked one, and left out of lists; removed at its purge_time, until when UndeleteKey may bring it back."""
 
 class KeyState(_KeyState, metaclass=_KeyStateEnumTypeWrapper):
     """What a key's life has come to. Where several hold, the first of DELETED, REVOKED, EXPIRED, INACTIVE is shown."""
@@ -130,7 +130,7 @@ KEY_STATE_EXPIRED: KeyState.ValueType  # 3
 KEY_STATE_REVOKED: KeyState.ValueType  # 4
 """Revoked for good."""
 KEY_STATE_DELETED: KeyState.ValueType  # 5
-"""Revoked for good and left out of lists; kept for the audit trail."""
+"""Refused like a revoked one, and left out of lists; removed at its purge_time, until when UndeleteKey may bring it back."""
 Global___KeyState: _TypeAlias = KeyState  # noqa: Y015
 
 @_typing.final
@@ -183,6 +183,7 @@ class Key(_message.Message):
     CREATED_BY_FIELD_NUMBER: _builtins.int
     REVOKE_REASON_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
+    PURGE_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`key_` and 26 characters that sort by creation time. Given by the service; never reused."""
     organization_id: _builtins.str
@@ -241,7 +242,7 @@ class Key(_message.Message):
 
     @_builtins.property
     def revoke_time(self) -> _timestamp_pb2.Timestamp:
-        """When the key was revoked. Absent: it was not."""
+        """When the key was revoked; for one that was deleted without having been revoked, when it was deleted. Absent: it was not."""
 
     @_builtins.property
     def last_used_time(self) -> _timestamp_pb2.Timestamp:
@@ -250,6 +251,12 @@ class Key(_message.Message):
     @_builtins.property
     def secrets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Secret]:
         """The newest secret and the one before it, newest first: during a rotation it shows whether the old token is still used."""
+
+    @_builtins.property
+    def purge_time(self) -> _timestamp_pb2.Timestamp:
+        """Only of a deleted key: from when on it is removed for good, 30 days after it was deleted. Until then UndeleteKey brings
+        it back, unless it was revoked. Absent for root keys, of which the trace is kept.
+        """
 
     def __init__(
         self,
@@ -276,10 +283,11 @@ class Key(_message.Message):
         created_by: _builtins.str = ...,
         revoke_reason: _builtins.str = ...,
         secrets: _abc.Iterable[Global___Secret] | None = ...,
+        purge_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time", "revoke_time", b"revoke_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time", "purge_time", b"purge_time", "revoke_time", b"revoke_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_cidrs", b"allowed_cidrs", "create_time", b"create_time", "created_by", b"created_by", "environment", b"environment", "etag", b"etag", "expire_time", b"expire_time", "id", b"id", "key_type", b"key_type", "last_used_time", b"last_used_time", "metadata", b"metadata", "name", b"name", "organization_id", b"organization_id", "permissions", b"permissions", "prefix", b"prefix", "rate_limit_per_minute", b"rate_limit_per_minute", "revoke_reason", b"revoke_reason", "revoke_time", b"revoke_time", "secrets", b"secrets", "state", b"state", "update_time", b"update_time", "user_email", b"user_email", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_cidrs", b"allowed_cidrs", "create_time", b"create_time", "created_by", b"created_by", "environment", b"environment", "etag", b"etag", "expire_time", b"expire_time", "id", b"id", "key_type", b"key_type", "last_used_time", b"last_used_time", "metadata", b"metadata", "name", b"name", "organization_id", b"organization_id", "permissions", b"permissions", "prefix", b"prefix", "purge_time", b"purge_time", "rate_limit_per_minute", b"rate_limit_per_minute", "revoke_reason", b"revoke_reason", "revoke_time", b"revoke_time", "secrets", b"secrets", "state", b"state", "update_time", b"update_time", "user_email", b"user_email", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

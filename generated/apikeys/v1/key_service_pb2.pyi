@@ -36,7 +36,7 @@ class _ScopeSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScopeSour
     SCOPE_SOURCE_DEPLOYMENT: _ScopeSource.ValueType  # 2
     """The deployment's settings (LATCHGATE_SCOPES_FILE)."""
     SCOPE_SOURCE_ORGANIZATION: _ScopeSource.ValueType  # 3
-    """The organization (UpdateOrganization)."""
+    """The organization (CreateScope, or UpdateOrganization)."""
 
 class ScopeSource(_ScopeSource, metaclass=_ScopeSourceEnumTypeWrapper):
     """Who put a scope into the catalogue."""
@@ -48,7 +48,7 @@ SCOPE_SOURCE_CORE: ScopeSource.ValueType  # 1
 SCOPE_SOURCE_DEPLOYMENT: ScopeSource.ValueType  # 2
 """The deployment's settings (LATCHGATE_SCOPES_FILE)."""
 SCOPE_SOURCE_ORGANIZATION: ScopeSource.ValueType  # 3
-"""The organization (UpdateOrganization)."""
+"""The organization (CreateScope, or UpdateOrganization)."""
 Global___ScopeSource: _TypeAlias = ScopeSource  # noqa: Y015
 
 class _Outcome:
@@ -653,6 +653,58 @@ class DeleteKeyResponse(_message.Message):
 Global___DeleteKeyResponse: _TypeAlias = DeleteKeyResponse  # noqa: Y015
 
 @_typing.final
+class UndeleteKeyRequest(_message.Message):
+    """Which key to bring back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.str
+    """The key's id."""
+    def __init__(
+        self,
+        *,
+        key_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndeleteKeyRequest: _TypeAlias = UndeleteKeyRequest  # noqa: Y015
+
+@_typing.final
+class UndeleteKeyResponse(_message.Message):
+    """The key after it was brought back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    EFFECT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def key(self) -> _key_pb2.Key:
+        """The key."""
+
+    @_builtins.property
+    def effect(self) -> _key_pb2.Effect:
+        """Whether the change holds everywhere: with EFFECTIVE every worker accepts the key."""
+
+    def __init__(
+        self,
+        *,
+        key: _key_pb2.Key | None = ...,
+        effect: _key_pb2.Effect | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effect", b"effect", "key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effect", b"effect", "key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndeleteKeyResponse: _TypeAlias = UndeleteKeyResponse  # noqa: Y015
+
+@_typing.final
 class GetPublishableKeyRequest(_message.Message):
     """Which publishable key to read."""
 
@@ -751,6 +803,110 @@ class ListScopesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListScopesResponse: _TypeAlias = ListScopesResponse  # noqa: Y015
+
+@_typing.final
+class CreateScopeRequest(_message.Message):
+    """The scope to add."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization. Empty: the caller's. Only a root key may name another."""
+    name: _builtins.str
+    """The scope: segments of lower-case letters, digits, `_`, `.` and `-`, joined by `:`; no wildcards. Up to 100 characters."""
+    description: _builtins.str
+    """What the scope lets its holder do, for people; up to 500 characters."""
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "organization_id", b"organization_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateScopeRequest: _TypeAlias = CreateScopeRequest  # noqa: Y015
+
+@_typing.final
+class CreateScopeResponse(_message.Message):
+    """The scope that was added."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def scope(self) -> Global___Scope:
+        """The scope."""
+
+    def __init__(
+        self,
+        *,
+        scope: Global___Scope | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scope", b"scope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateScopeResponse: _TypeAlias = CreateScopeResponse  # noqa: Y015
+
+@_typing.final
+class DeleteScopeRequest(_message.Message):
+    """The scope to remove."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization. Empty: the caller's. Only a root key may name another."""
+    name: _builtins.str
+    """The scope."""
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "organization_id", b"organization_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteScopeRequest: _TypeAlias = DeleteScopeRequest  # noqa: Y015
+
+@_typing.final
+class DeleteScopeResponse(_message.Message):
+    """The catalogue without the scope."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Scope]:
+        """The scopes that are left, by name."""
+
+    def __init__(
+        self,
+        *,
+        scopes: _abc.Iterable[Global___Scope] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scopes", b"scopes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteScopeResponse: _TypeAlias = DeleteScopeResponse  # noqa: Y015
 
 @_typing.final
 class Scope(_message.Message):

@@ -82,6 +82,11 @@ class KeyServiceStub:
                 request_serializer=apikeys_dot_v1_dot_key__service__pb2.DeleteKeyRequest.SerializeToString,
                 response_deserializer=apikeys_dot_v1_dot_key__service__pb2.DeleteKeyResponse.FromString,
                 _registered_method=True)
+        self.UndeleteKey = channel.unary_unary(
+                '/apikeys.v1.KeyService/UndeleteKey',
+                request_serializer=apikeys_dot_v1_dot_key__service__pb2.UndeleteKeyRequest.SerializeToString,
+                response_deserializer=apikeys_dot_v1_dot_key__service__pb2.UndeleteKeyResponse.FromString,
+                _registered_method=True)
         self.GetPublishableKey = channel.unary_unary(
                 '/apikeys.v1.KeyService/GetPublishableKey',
                 request_serializer=apikeys_dot_v1_dot_key__service__pb2.GetPublishableKeyRequest.SerializeToString,
@@ -91,6 +96,16 @@ class KeyServiceStub:
                 '/apikeys.v1.KeyService/ListScopes',
                 request_serializer=apikeys_dot_v1_dot_key__service__pb2.ListScopesRequest.SerializeToString,
                 response_deserializer=apikeys_dot_v1_dot_key__service__pb2.ListScopesResponse.FromString,
+                _registered_method=True)
+        self.CreateScope = channel.unary_unary(
+                '/apikeys.v1.KeyService/CreateScope',
+                request_serializer=apikeys_dot_v1_dot_key__service__pb2.CreateScopeRequest.SerializeToString,
+                response_deserializer=apikeys_dot_v1_dot_key__service__pb2.CreateScopeResponse.FromString,
+                _registered_method=True)
+        self.DeleteScope = channel.unary_unary(
+                '/apikeys.v1.KeyService/DeleteScope',
+                request_serializer=apikeys_dot_v1_dot_key__service__pb2.DeleteScopeRequest.SerializeToString,
+                response_deserializer=apikeys_dot_v1_dot_key__service__pb2.DeleteScopeResponse.FromString,
                 _registered_method=True)
         self.Validate = channel.unary_unary(
                 '/apikeys.v1.KeyService/Validate',
@@ -164,14 +179,26 @@ class KeyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RevokeKey(self, request, context):
-        """Ends a key for good: there is no way back. Can be repeated safely. Needs `keys:write`.
+        """Ends a key for good: there is no way back. A deleted key can be revoked, too: UndeleteKey does not bring it back then.
+        Can be repeated safely. Needs `keys:write`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteKey(self, request, context):
-        """Revokes a key and leaves it out of lists. It is kept for the audit trail. Can be repeated safely. Needs `keys:write`.
+        """Ends a key and leaves it out of lists. It is kept for 30 days, for UndeleteKey, and then removed with all that is known of
+        its tokens. Can be repeated safely. Needs `keys:write`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndeleteKey(self, request, context):
+        """Brings back a key that was deleted in error, as it was: with its tokens, switched off if it was off; a token that a
+        rotation had ended stays ended. Only until its purge_time, only if it was not revoked, before or after it was deleted, and
+        only if the plan has room for it and the catalogue has the scopes that it needs. A key that is not deleted is left as it
+        is: the call can be repeated safely. Needs `keys:write`, and every permission that the key has.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -187,6 +214,24 @@ class KeyServiceServicer:
 
     def ListScopes(self, request, context):
         """Lists the catalogue of scopes that keys of an organization can be given. Needs `keys:read`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateScope(self, request, context):
+        """Adds a scope of its own to an organization's catalogue. It gives nobody anything: keys are given it by CreateKey and
+        UpdateKey, by callers that hold it. Names that the service or the deployment has are taken, and so are those that begin
+        like the service's own permissions for management, such as `keys:`. Needs `scopes:write`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteScope(self, request, context):
+        """Takes a scope of its own out of an organization's catalogue. Refused with SCOPE_IN_USE, which names them, while there are
+        keys, neither revoked nor deleted, with a permission that would match no scope any more. Can be repeated safely: what is
+        not in the catalogue is not missed. Needs `scopes:write`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -253,6 +298,11 @@ def add_KeyServiceServicer_to_server(servicer, server):
                     request_deserializer=apikeys_dot_v1_dot_key__service__pb2.DeleteKeyRequest.FromString,
                     response_serializer=apikeys_dot_v1_dot_key__service__pb2.DeleteKeyResponse.SerializeToString,
             ),
+            'UndeleteKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndeleteKey,
+                    request_deserializer=apikeys_dot_v1_dot_key__service__pb2.UndeleteKeyRequest.FromString,
+                    response_serializer=apikeys_dot_v1_dot_key__service__pb2.UndeleteKeyResponse.SerializeToString,
+            ),
             'GetPublishableKey': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPublishableKey,
                     request_deserializer=apikeys_dot_v1_dot_key__service__pb2.GetPublishableKeyRequest.FromString,
@@ -262,6 +312,16 @@ def add_KeyServiceServicer_to_server(servicer, server):
                     servicer.ListScopes,
                     request_deserializer=apikeys_dot_v1_dot_key__service__pb2.ListScopesRequest.FromString,
                     response_serializer=apikeys_dot_v1_dot_key__service__pb2.ListScopesResponse.SerializeToString,
+            ),
+            'CreateScope': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateScope,
+                    request_deserializer=apikeys_dot_v1_dot_key__service__pb2.CreateScopeRequest.FromString,
+                    response_serializer=apikeys_dot_v1_dot_key__service__pb2.CreateScopeResponse.SerializeToString,
+            ),
+            'DeleteScope': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteScope,
+                    request_deserializer=apikeys_dot_v1_dot_key__service__pb2.DeleteScopeRequest.FromString,
+                    response_serializer=apikeys_dot_v1_dot_key__service__pb2.DeleteScopeResponse.SerializeToString,
             ),
             'Validate': grpc.unary_unary_rpc_method_handler(
                     servicer.Validate,
@@ -509,6 +569,33 @@ class KeyService:
             _registered_method=True)
 
     @staticmethod
+    def UndeleteKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apikeys.v1.KeyService/UndeleteKey',
+            apikeys_dot_v1_dot_key__service__pb2.UndeleteKeyRequest.SerializeToString,
+            apikeys_dot_v1_dot_key__service__pb2.UndeleteKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetPublishableKey(request,
             target,
             options=(),
@@ -552,6 +639,60 @@ class KeyService:
             '/apikeys.v1.KeyService/ListScopes',
             apikeys_dot_v1_dot_key__service__pb2.ListScopesRequest.SerializeToString,
             apikeys_dot_v1_dot_key__service__pb2.ListScopesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateScope(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apikeys.v1.KeyService/CreateScope',
+            apikeys_dot_v1_dot_key__service__pb2.CreateScopeRequest.SerializeToString,
+            apikeys_dot_v1_dot_key__service__pb2.CreateScopeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteScope(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apikeys.v1.KeyService/DeleteScope',
+            apikeys_dot_v1_dot_key__service__pb2.DeleteScopeRequest.SerializeToString,
+            apikeys_dot_v1_dot_key__service__pb2.DeleteScopeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,15 +48,35 @@ class KeyServiceStub:
     rotated: a lost answer would leave none. Needs `keys:write`, and every permission that the key has.
     """
     RevokeKey: _aio.UnaryUnaryMultiCallable[_key_service_pb2.RevokeKeyRequest, _key_service_pb2.RevokeKeyResponse]
-    """Ends a key for good: there is no way back. Can be repeated safely. Needs `keys:write`."""
+    """Ends a key for good: there is no way back. A deleted key can be revoked, too: UndeleteKey does not bring it back then.
+    Can be repeated safely. Needs `keys:write`.
+    """
     DeleteKey: _aio.UnaryUnaryMultiCallable[_key_service_pb2.DeleteKeyRequest, _key_service_pb2.DeleteKeyResponse]
-    """Revokes a key and leaves it out of lists. It is kept for the audit trail. Can be repeated safely. Needs `keys:write`."""
+    """Ends a key and leaves it out of lists. It is kept for 30 days, for UndeleteKey, and then removed with all that is known of
+    its tokens. Can be repeated safely. Needs `keys:write`.
+    """
+    UndeleteKey: _aio.UnaryUnaryMultiCallable[_key_service_pb2.UndeleteKeyRequest, _key_service_pb2.UndeleteKeyResponse]
+    """Brings back a key that was deleted in error, as it was: with its tokens, switched off if it was off; a token that a
+    rotation had ended stays ended. Only until its purge_time, only if it was not revoked, before or after it was deleted, and
+    only if the plan has room for it and the catalogue has the scopes that it needs. A key that is not deleted is left as it
+    is: the call can be repeated safely. Needs `keys:write`, and every permission that the key has.
+    """
     GetPublishableKey: _aio.UnaryUnaryMultiCallable[_key_service_pb2.GetPublishableKeyRequest, _key_service_pb2.GetPublishableKeyResponse]
     """Reads the newest active publishable key of an environment, with its token. Secret tokens can not be had again. Needs
     `keys:read`.
     """
     ListScopes: _aio.UnaryUnaryMultiCallable[_key_service_pb2.ListScopesRequest, _key_service_pb2.ListScopesResponse]
     """Lists the catalogue of scopes that keys of an organization can be given. Needs `keys:read`."""
+    CreateScope: _aio.UnaryUnaryMultiCallable[_key_service_pb2.CreateScopeRequest, _key_service_pb2.CreateScopeResponse]
+    """Adds a scope of its own to an organization's catalogue. It gives nobody anything: keys are given it by CreateKey and
+    UpdateKey, by callers that hold it. Names that the service or the deployment has are taken, and so are those that begin
+    like the service's own permissions for management, such as `keys:`. Needs `scopes:write`.
+    """
+    DeleteScope: _aio.UnaryUnaryMultiCallable[_key_service_pb2.DeleteScopeRequest, _key_service_pb2.DeleteScopeResponse]
+    """Takes a scope of its own out of an organization's catalogue. Refused with SCOPE_IN_USE, which names them, while there are
+    keys, neither revoked nor deleted, with a permission that would match no scope any more. Can be repeated safely: what is
+    not in the catalogue is not missed. Needs `scopes:write`.
+    """
     Validate: _aio.UnaryUnaryMultiCallable[_key_service_pb2.ValidateRequest, _key_service_pb2.ValidateResponse]
     """Says whether a token is good for a request. A bad token is an answer, not an error: the status is OK and the outcome
     says why not. An error status means that the service could not decide, and that the gateway's own failure policy
@@ -143,7 +163,9 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_service_pb2.RevokeKeyRequest,
         context: _aio.ServicerContext[_key_service_pb2.RevokeKeyRequest, _abc.Awaitable[_key_service_pb2.RevokeKeyResponse]],
     ) -> _abc.Awaitable[_key_service_pb2.RevokeKeyResponse]:
-        """Ends a key for good: there is no way back. Can be repeated safely. Needs `keys:write`."""
+        """Ends a key for good: there is no way back. A deleted key can be revoked, too: UndeleteKey does not bring it back then.
+        Can be repeated safely. Needs `keys:write`.
+        """
 
     @_abc_1.abstractmethod
     def DeleteKey(
@@ -151,7 +173,21 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_service_pb2.DeleteKeyRequest,
         context: _aio.ServicerContext[_key_service_pb2.DeleteKeyRequest, _abc.Awaitable[_key_service_pb2.DeleteKeyResponse]],
     ) -> _abc.Awaitable[_key_service_pb2.DeleteKeyResponse]:
-        """Revokes a key and leaves it out of lists. It is kept for the audit trail. Can be repeated safely. Needs `keys:write`."""
+        """Ends a key and leaves it out of lists. It is kept for 30 days, for UndeleteKey, and then removed with all that is known of
+        its tokens. Can be repeated safely. Needs `keys:write`.
+        """
+
+    @_abc_1.abstractmethod
+    def UndeleteKey(
+        self,
+        request: _key_service_pb2.UndeleteKeyRequest,
+        context: _aio.ServicerContext[_key_service_pb2.UndeleteKeyRequest, _abc.Awaitable[_key_service_pb2.UndeleteKeyResponse]],
+    ) -> _abc.Awaitable[_key_service_pb2.UndeleteKeyResponse]:
+        """Brings back a key that was deleted in error, as it was: with its tokens, switched off if it was off; a token that a
+        rotation had ended stays ended. Only until its purge_time, only if it was not revoked, before or after it was deleted, and
+        only if the plan has room for it and the catalogue has the scopes that it needs. A key that is not deleted is left as it
+        is: the call can be repeated safely. Needs `keys:write`, and every permission that the key has.
+        """
 
     @_abc_1.abstractmethod
     def GetPublishableKey(
@@ -170,6 +206,28 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_key_service_pb2.ListScopesRequest, _abc.Awaitable[_key_service_pb2.ListScopesResponse]],
     ) -> _abc.Awaitable[_key_service_pb2.ListScopesResponse]:
         """Lists the catalogue of scopes that keys of an organization can be given. Needs `keys:read`."""
+
+    @_abc_1.abstractmethod
+    def CreateScope(
+        self,
+        request: _key_service_pb2.CreateScopeRequest,
+        context: _aio.ServicerContext[_key_service_pb2.CreateScopeRequest, _abc.Awaitable[_key_service_pb2.CreateScopeResponse]],
+    ) -> _abc.Awaitable[_key_service_pb2.CreateScopeResponse]:
+        """Adds a scope of its own to an organization's catalogue. It gives nobody anything: keys are given it by CreateKey and
+        UpdateKey, by callers that hold it. Names that the service or the deployment has are taken, and so are those that begin
+        like the service's own permissions for management, such as `keys:`. Needs `scopes:write`.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteScope(
+        self,
+        request: _key_service_pb2.DeleteScopeRequest,
+        context: _aio.ServicerContext[_key_service_pb2.DeleteScopeRequest, _abc.Awaitable[_key_service_pb2.DeleteScopeResponse]],
+    ) -> _abc.Awaitable[_key_service_pb2.DeleteScopeResponse]:
+        """Takes a scope of its own out of an organization's catalogue. Refused with SCOPE_IN_USE, which names them, while there are
+        keys, neither revoked nor deleted, with a permission that would match no scope any more. Can be repeated safely: what is
+        not in the catalogue is not missed. Needs `scopes:write`.
+        """
 
     @_abc_1.abstractmethod
     def Validate(

@@ -99,7 +99,8 @@ class OrganizationServiceServicer:
 
     def UpdateOrganization(self, request, context):
         """Changes an organization's name, plan, active flag or scopes. An inactive organization has all its keys rejected with
-        ORGANIZATION_INACTIVE until it is active again; the keys themselves are not changed.
+        ORGANIZATION_INACTIVE until it is active again; the keys themselves are not changed. Scopes that keys need can not be
+        taken out: see KeyService.DeleteScope.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

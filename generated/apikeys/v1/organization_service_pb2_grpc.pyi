@@ -24,7 +24,8 @@ class OrganizationServiceStub:
     """Lists organizations by id."""
     UpdateOrganization: _aio.UnaryUnaryMultiCallable[_organization_service_pb2.UpdateOrganizationRequest, _organization_service_pb2.UpdateOrganizationResponse]
     """Changes an organization's name, plan, active flag or scopes. An inactive organization has all its keys rejected with
-    ORGANIZATION_INACTIVE until it is active again; the keys themselves are not changed.
+    ORGANIZATION_INACTIVE until it is active again; the keys themselves are not changed. Scopes that keys need can not be
+    taken out: see KeyService.DeleteScope.
     """
     CreatePlan: _aio.UnaryUnaryMultiCallable[_organization_service_pb2.CreatePlanRequest, _organization_service_pb2.CreatePlanResponse]
     """Creates a plan."""
@@ -67,7 +68,8 @@ class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_organization_service_pb2.UpdateOrganizationRequest, _abc.Awaitable[_organization_service_pb2.UpdateOrganizationResponse]],
     ) -> _abc.Awaitable[_organization_service_pb2.UpdateOrganizationResponse]:
         """Changes an organization's name, plan, active flag or scopes. An inactive organization has all its keys rejected with
-        ORGANIZATION_INACTIVE until it is active again; the keys themselves are not changed.
+        ORGANIZATION_INACTIVE until it is active again; the keys themselves are not changed. Scopes that keys need can not be
+        taken out: see KeyService.DeleteScope.
         """
 
     @_abc_1.abstractmethod

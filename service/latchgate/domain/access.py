@@ -20,8 +20,9 @@ READ_KEYS = "keys:read"
 WRITE_KEYS = "keys:write"
 VALIDATE_KEYS = "keys:validate"
 READ_AUDIT = "audit:read"
+WRITE_SCOPES = "scopes:write"
 
-MANAGEMENT_SCOPES = (READ_KEYS, WRITE_KEYS, VALIDATE_KEYS, READ_AUDIT)
+MANAGEMENT_SCOPES = (READ_KEYS, WRITE_KEYS, VALIDATE_KEYS, READ_AUDIT, WRITE_SCOPES)
 
 CORE_SCOPES = tuple(
     Scope(name=name, description=description, source=ScopeSource.CORE)
@@ -30,6 +31,7 @@ CORE_SCOPES = tuple(
         (WRITE_KEYS, "Create, change, rotate, revoke and delete the organization's keys."),
         (VALIDATE_KEYS, "Call Validate where the deployment demands a key for it."),
         (READ_AUDIT, "Read the organization's audit trail."),
+        (WRITE_SCOPES, "Add scopes of its own to the organization's catalogue, and remove them."),
         ("read", "Read access, as the application behind the gateway understands it."),
         ("write", "Write access, as the application behind the gateway understands it."),
     )

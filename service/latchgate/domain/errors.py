@@ -107,6 +107,10 @@ class PlanExistsError(AlreadyExistsError):
     """The plan's id is taken."""
 
 
+class ScopeExistsError(AlreadyExistsError):
+    """The catalogue has the scope already."""
+
+
 class RequestIdReusedError(AlreadyExistsError):
     """The request_id belongs to another request."""
 
@@ -135,6 +139,18 @@ class KeyExpiredError(PreconditionError):
     """The key has expired."""
 
 
+class UndeleteExpiredError(PreconditionError):
+    """The key was deleted too long ago to be brought back."""
+
+
+class ScopeInUseError(PreconditionError):
+    """Keys have a permission that needs the scope."""
+
+
+class ScopeNotOwnError(PreconditionError):
+    """The scope is not the organization's own."""
+
+
 class LastRootKeyError(PreconditionError):
     """No lasting root key would be left."""
 
@@ -161,6 +177,10 @@ class CallerRateLimitedError(ExhaustedError):
 
 class KeyLimitReachedError(ExhaustedError):
     """The organization has as many keys as its plan allows."""
+
+
+class ScopeLimitReachedError(ExhaustedError):
+    """The organization has as many scopes of its own as it can have."""
 
 
 class UnavailableError(LatchgateError):

@@ -5,7 +5,7 @@ Each demands of its caller what it needs, and then does its work in one transact
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TypedDict
@@ -40,12 +40,14 @@ from latchgate.domain.permissions import WILDCARD
 from latchgate.domain.ports import EffectWaiter, IdMaker, KeyStore, Sealer, Transaction
 from latchgate.domain.requests import Retry
 from latchgate.domain.rules import (
+    apart_from,
     check_email,
     check_expiry,
     check_known,
     check_metadata,
     check_not_ended,
     check_publishable,
+    check_undeletable,
     merge_catalogue,
     normal_cidrs,
 )
@@ -106,7 +108,7 @@ class KeyManager:
                 answered, token = earlier
                 key = await _lock(transaction, caller, answered.key_id)
                 return Issued(key=key, token=token, effect=Effect(revision=answered.revision))
-            await self._check_room(transaction, organization_id, draft)
+            await self._check_room(transaction, organization_id, draft.permissions, draft.expire_time)
             await access.require_still_in_use(caller, transaction)
             minted = self._tokens.mint(draft.key_type, draft.environment)
             new_key = NewKey(
@@ -118,13 +120,19 @@ class KeyManager:
                 await retry.keep(transaction, self._sealer, key_id=key.id, revision=0, token=minted.token)
         return Issued(key=key, token=minted.token, effect=Effect(revision=0))
 
-    async def _check_room(self, transaction: Transaction, organization_id: str, draft: KeyDraft) -> None:
+    async def _check_room(
+        self,
+        transaction: Transaction,
+        organization_id: str,
+        permissions: Iterable[str],
+        expire_time: datetime | None = None,
+    ) -> None:
         """Demands that the organization may have the key; from here on no other can take the last place."""
         organization = await transaction.lock_organization(organization_id)
         if organization is None:
             raise access.organization_not_found(organization_id)
-        check_known(draft.permissions, merge_catalogue(self._deployment_scopes, organization.scopes))
-        check_expiry(draft.expire_time, await transaction.now())
+        check_known(permissions, merge_catalogue(self._deployment_scopes, organization.scopes))
+        check_expiry(expire_time, await transaction.now())
         if organization.key_count >= organization.max_keys:
             raise KeyLimitReachedError(
                 f"organization {organization_id} has {organization.key_count} keys, and plan {organization.plan_id} "
@@ -216,28 +224,40 @@ class KeyManager:
         return Issued(key=key, token=token, effect=await self._effects.wait(revision, caller.answer_by_s))
 
     async def revoke(self, caller: Caller, key_id: str, reason: str) -> Changed:
-        """Ends a key for good; the first reason stays."""
+        """Ends a key for good, also one that is deleted and could come back; the first reason stays."""
         access.require(caller, access.WRITE_KEYS)
         async with self._store.transaction() as transaction:
             key = await _lock(transaction, caller, key_id)
-            if key.revoke_time is None:
+            if key.revoke_time is None or key.is_deleted_alone:
                 await _keep_a_root_key(transaction, key)
-                now = await transaction.now()
-                revoked = replace(key, revoke_time=now, revoke_reason=reason)
+                revoke_time = apart_from(key.delete_time, await transaction.now())
+                revoked = replace(key, revoke_time=revoke_time, revoke_reason=reason)
                 key = await _save(transaction, caller, key, revoked)
         return await self._changed(caller, key)
 
     async def delete(self, caller: Caller, key_id: str) -> Changed:
-        """Ends a key for good and hides it."""
+        """Ends a key and hides it; unless it is revoked as well, it can be brought back for some time."""
         access.require(caller, access.WRITE_KEYS)
         async with self._store.transaction() as transaction:
             key = await _lock(transaction, caller, key_id)
             if key.delete_time is None:
                 if key.revoke_time is None:
                     await _keep_a_root_key(transaction, key)
-                now = await transaction.now()
-                deleted = replace(key, revoke_time=key.revoke_time or now, delete_time=now)
+                delete_time = apart_from(key.revoke_time, await transaction.now())
+                deleted = replace(key, revoke_time=key.revoke_time or delete_time, delete_time=delete_time)
                 key = await _save(transaction, caller, key, deleted)
+        return await self._changed(caller, key)
+
+    async def undelete(self, caller: Caller, key_id: str) -> Changed:
+        """Brings back a key that was deleted and not revoked; it counts again."""
+        access.require(caller, access.WRITE_KEYS)
+        async with self._store.transaction() as transaction:
+            key = await _lock(transaction, caller, key_id)
+            check_undeletable(key)
+            if key.delete_time is not None:
+                access.require_held(caller, key.permissions)
+                await self._check_room(transaction, key.organization_id, key.permissions)
+                key = await _save(transaction, caller, key, replace(key, revoke_time=None, delete_time=None))
         return await self._changed(caller, key)
 
     async def publishable(self, caller: Caller, organization_id: str, environment: Environment) -> tuple[Key, str]:
@@ -252,15 +272,6 @@ class KeyManager:
                 f"organization {organization_id} has no active publishable key for {environment.value}; create one"
             )
         return found
-
-    async def scopes(self, caller: Caller, organization_id: str) -> Sequence[Scope]:
-        """Reads the catalogue of an organization."""
-        access.require(caller, access.READ_KEYS)
-        organization_id = access.organization_for(caller, organization_id)
-        own = await self._store.scopes(organization_id)
-        if own is None:
-            raise access.organization_not_found(organization_id)
-        return merge_catalogue(self._deployment_scopes, own)
 
     async def _changed(self, caller: Caller, key: Key) -> Changed:
         return Changed(key=key, effect=await self._effects.wait(key.revision, caller.answer_by_s))

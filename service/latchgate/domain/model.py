@@ -18,6 +18,11 @@ Network = IPv4Network | IPv6Network
 ROOT_ORGANIZATION_ID = "org_root"
 DEFAULT_PLAN_ID = "default"
 
+DELETED_KEPT = timedelta(days=30)
+"""For how long a deleted key can be brought back, and is kept."""
+INSTANT = timedelta(microseconds=1)
+"""The shortest span that two stored times can be apart."""
+
 
 class KeyType(Enum):
     """How a key's token is to be handled."""
@@ -72,6 +77,18 @@ class Scope:
     name: str
     description: str = ""
     source: ScopeSource = ScopeSource.ORGANIZATION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldPermission:
+    """A permission that keys hold which are neither revoked nor deleted, and how many they are.
+
+    `own_scopes` are those of their organizations, alike for all of these keys; empty where they do not matter.
+    """
+
+    permission: str
+    own_scopes: tuple[Scope, ...]
+    key_count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +148,19 @@ class Key:
     def is_expired(self) -> bool:
         """Whether the key's expiry has come."""
         return self.expire_time is not None and self.expire_time <= self.read_time
+
+    @property
+    def purge_time(self) -> datetime | None:
+        """From when on the key, which is deleted, is to be removed; None if it is not deleted, and for root keys.
+
+        Those stay: by their secrets a start knows that the root token of the settings was ended before.
+        """
+        return None if self.delete_time is None or self.is_root else self.delete_time + DELETED_KEPT
+
+    @property
+    def is_deleted_alone(self) -> bool:
+        """Whether the key was deleted and, neither before nor after that, revoked: the two times are the same then."""
+        return self.delete_time is not None and self.delete_time == self.revoke_time
 
     @property
     def state(self) -> KeyState:

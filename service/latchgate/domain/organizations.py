@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from latchgate.domain import access
 from latchgate.domain.audit import AuditEntry, organization_snapshot, plan_snapshot
+from latchgate.domain.catalogue import check_unused
 from latchgate.domain.errors import InvalidFieldError, PlanNotFoundError, RootOrganizationError
 from latchgate.domain.model import (
     DEFAULT_PLAN_ID,
@@ -20,6 +21,7 @@ from latchgate.domain.model import (
     Scope,
 )
 from latchgate.domain.ports import EffectWaiter, IdMaker, OrganizationStore, Transaction
+from latchgate.domain.rules import merge_catalogue
 
 
 class OrganizationChanges(TypedDict, total=False):
@@ -57,8 +59,16 @@ class PlanPage:
 class OrganizationManager:
     """Creates, reads and changes organizations and plans."""
 
-    def __init__(self, *, store: OrganizationStore, effects: EffectWaiter, make_id: IdMaker) -> None:
-        """Takes where organizations are kept."""
+    def __init__(
+        self,
+        *,
+        store: OrganizationStore,
+        effects: EffectWaiter,
+        make_id: IdMaker,
+        deployment_scopes: Sequence[Scope] = (),
+    ) -> None:
+        """Takes where organizations are kept, and the scopes that the deployment adds to their catalogues."""
+        self._deployment_scopes = tuple(deployment_scopes)
         self._store = store
         self._effects = effects
         self._make_id = make_id
@@ -108,6 +118,10 @@ class OrganizationManager:
             if organization is None:
                 raise access.organization_not_found(organization_id)
             await access.require_still_in_use(caller, transaction)
+            if "scopes" in changes:
+                await check_unused(
+                    transaction, organization, merge_catalogue(self._deployment_scopes, changes["scopes"])
+                )
             revision = await transaction.record_change("organization", organization_id)
             before, organization = organization, await transaction.save_organization(replace(organization, **changes))
             await _record_organization(transaction, caller, before, organization, revision)

@@ -58,6 +58,11 @@ class Grants:
         return None
 
 
+def orphaned(permissions: Iterable[str], removed: str, left: Sequence[str]) -> list[str]:
+    """Gives those of `permissions` that stand for the scope `removed` and would match none of those that are `left`."""
+    return [each for each in permissions if covers(each, removed) and not is_known(each, left)]
+
+
 def is_known(permission: str, scopes: Iterable[str]) -> bool:
     """Says whether a permission is `*`, a scope of the catalogue, or a wildcard that covers at least one."""
     return permission == WILDCARD or any(covers(permission, scope) for scope in scopes)

@@ -14,6 +14,7 @@ from latchgate.domain.model import (
     Caller,
     Effect,
     Environment,
+    HeldPermission,
     Key,
     KeyFilter,
     KeyRecord,
@@ -192,7 +193,7 @@ class Transaction(Protocol):
         """Stores a key with its first secret, and counts it."""
 
     async def save_key(self, key: Key, revision: int) -> Key:
-        """Stores a key that was locked with its changed fields; counts it no more once it is revoked."""
+        """Stores a key that was locked with its changed fields; it counts as long as it is not revoked."""
 
     async def rotate_secret(self, key_id: str, secret: NewSecret, grace: timedelta) -> None:
         """Stores a further secret; ends the newest one after `grace`, and all before it now."""
@@ -204,6 +205,17 @@ class Transaction(Protocol):
 
     async def save_organization(self, organization: Organization) -> Organization:
         """Stores the changed fields of an organization that was locked. Raises PlanNotFoundError."""
+
+    async def permissions_held(self, organization_id: str, names: Sequence[str]) -> Sequence[str]:
+        """The permissions, each once, of the keys of an organization that are neither revoked nor deleted.
+
+        Only those that are one of `names`, or have a wildcard. Only with the organization locked.
+        """
+
+    async def keys_holding(
+        self, organization_id: str, permissions: Sequence[str], count: int
+    ) -> tuple[Sequence[str], int]:
+        """The ids of the first `count` of these keys that hold one of some permissions, and how many there are."""
 
     async def lock_plan(self, plan_id: str) -> Plan | None:
         """Reads a plan and keeps others from changing it until the end."""
@@ -254,6 +266,12 @@ class KeyStore(Protocol):
 
     async def scopes(self, organization_id: str) -> Sequence[Scope] | None:
         """Reads an organization's own scopes; None if there is no such organization."""
+
+    async def permissions_beyond(self, names: Sequence[str]) -> Sequence[HeldPermission]:
+        """What keys of all organizations hold that is neither one of `names` nor a scope of their organization's own.
+
+        Wildcards are there with the organization's own scopes, among which they may stand for some.
+        """
 
 
 class OrganizationStore(Protocol):

@@ -7,8 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from latchgate.domain.access import CORE_SCOPES, MANAGEMENT_SCOPES
-from latchgate.domain.errors import InvalidFieldError, KeyDeletedError, KeyRevokedError, ScopeUnknownError
-from latchgate.domain.model import Key, KeyState, KeyType, Scope
+from latchgate.domain.errors import (
+    InvalidFieldError,
+    KeyDeletedError,
+    KeyRevokedError,
+    ScopeUnknownError,
+    UndeleteExpiredError,
+)
+from latchgate.domain.model import DELETED_KEPT, INSTANT, Key, KeyState, KeyType, Scope
 from latchgate.domain.permissions import Grants, is_known
 
 MAX_METADATA_BYTES = 4096
@@ -113,6 +119,39 @@ def merge_catalogue(deployment: Iterable[Scope], organization: Iterable[Scope]) 
 def check_not_ended(key: Key) -> None:
     """Demands a key that is neither revoked nor deleted. Raises KeyDeletedError and KeyRevokedError."""
     if key.state is KeyState.DELETED:
-        raise KeyDeletedError(f"key {key.id} is deleted for good")
+        raise KeyDeletedError(f"key {key.id} is deleted; UndeleteKey brings back what was deleted in error")
     if key.state is KeyState.REVOKED:
         raise KeyRevokedError(f"key {key.id} is revoked for good; create another")
+
+
+def check_undeletable(key: Key) -> None:
+    """Demands a key that was not revoked, and if it was deleted, not too long ago.
+
+    Raises KeyRevokedError and UndeleteExpiredError.
+    """
+    if key.delete_time is None:
+        if key.revoke_time is not None:
+            raise KeyRevokedError(f"key {key.id} is revoked for good; create another")
+    elif not key.is_deleted_alone:
+        raise KeyRevokedError(f"key {key.id} was not only deleted, but revoked for good; create another")
+    elif key.delete_time + DELETED_KEPT <= key.read_time:
+        raise UndeleteExpiredError(
+            f"key {key.id} was deleted more than {DELETED_KEPT.days} days ago, and can not come back; create another"
+        )
+
+
+def apart_from(other: datetime | None, time: datetime) -> datetime:
+    """Gives `time`, or the next instant if it is `other`: by their being the same it is told why a key was ended."""
+    return time + INSTANT if time == other else time
+
+
+def check_scope_name(name: str) -> None:
+    """Demands a name for a scope of an organization's own that is none of those kept for the service.
+
+    Raises InvalidFieldError. Whatever begins like a permission for management may be one in a later release; keys that
+    an organization had given it to its own ends would manage something then.
+    """
+    kept = sorted({scope.partition(":")[0] for scope in MANAGEMENT_SCOPES})
+    if name.partition(":")[0] in kept:
+        names = ", ".join(f"{each}:" for each in kept)
+        raise InvalidFieldError([("name", f"must not begin with {names}; these are kept for the service's own scopes")])

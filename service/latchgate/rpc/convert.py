@@ -246,6 +246,7 @@ def key_message(key: Key) -> key_pb2.Key:
         created_by=key.created_by,
         revoke_reason=key.revoke_reason,
         secrets=[_secret_message(secret) for secret in key.secrets],
+        purge_time=_timestamp(key.purge_time),
     )
 
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from apikeys.v1 import key_service_pb2 as pb
 from latchgate.domain import access
+from latchgate.domain.catalogue import ScopeManager
 from latchgate.domain.errors import InvalidFieldError
 from latchgate.domain.keys import KeyManager
-from latchgate.domain.model import Caller, Verdict
+from latchgate.domain.model import Caller, Scope, Verdict
 from latchgate.domain.validation import Validator
 from latchgate.observers import OutcomeObserver
 from latchgate.rpc import convert
@@ -27,6 +28,7 @@ class KeyService:
         self,
         *,
         keys: KeyManager,
+        scopes: ScopeManager,
         validator: Validator,
         pages: PageTokens,
         outcomes: OutcomeObserver,
@@ -35,6 +37,7 @@ class KeyService:
         """Takes the use cases, who is told of outcomes, and who writes answers of Validate."""
         self._answers = answers
         self._keys = keys
+        self._scopes = scopes
         self._validator = validator
         self._pages = pages
         self._outcomes = outcomes
@@ -95,6 +98,13 @@ class KeyService:
         changed = await self._keys.delete(caller, request.key_id)
         return pb.DeleteKeyResponse(key=convert.key_message(changed.key), effect=convert.effect_message(changed.effect))
 
+    async def undelete_key(self, request: pb.UndeleteKeyRequest, caller: Caller) -> pb.UndeleteKeyResponse:
+        """Brings back a deleted key."""
+        changed = await self._keys.undelete(caller, request.key_id)
+        return pb.UndeleteKeyResponse(
+            key=convert.key_message(changed.key), effect=convert.effect_message(changed.effect)
+        )
+
     async def get_publishable_key(
         self, request: pb.GetPublishableKeyRequest, caller: Caller
     ) -> pb.GetPublishableKeyResponse:
@@ -105,8 +115,19 @@ class KeyService:
 
     async def list_scopes(self, request: pb.ListScopesRequest, caller: Caller) -> pb.ListScopesResponse:
         """Lists the catalogue."""
-        scopes = await self._keys.scopes(caller, request.organization_id)
+        scopes = await self._scopes.list(caller, request.organization_id)
         return pb.ListScopesResponse(scopes=[convert.scope_message(scope) for scope in scopes])
+
+    async def create_scope(self, request: pb.CreateScopeRequest, caller: Caller) -> pb.CreateScopeResponse:
+        """Adds a scope of an organization's own."""
+        scope = Scope(name=request.name, description=request.description)
+        created = await self._scopes.create(caller, request.organization_id, scope)
+        return pb.CreateScopeResponse(scope=convert.scope_message(created))
+
+    async def delete_scope(self, request: pb.DeleteScopeRequest, caller: Caller) -> pb.DeleteScopeResponse:
+        """Removes a scope of an organization's own."""
+        left = await self._scopes.delete(caller, request.organization_id, request.name)
+        return pb.DeleteScopeResponse(scopes=[convert.scope_message(scope) for scope in left])
 
     async def validate(self, request: pb.ValidateRequest, caller: Caller | None) -> bytes:
         """Judges a token; gives a ValidateResponse as it is sent."""

@@ -21,6 +21,8 @@ REASON_PREFIX: Final = "ERROR_REASON_"
 MAX_MESSAGE_BYTES: Final = 1024
 MAX_VIOLATIONS_BYTES: Final = 2048
 MAX_FIELD_BYTES: Final = 200
+# The ids of ten keys fit. Errors with metadata name no violations.
+MAX_METADATA_BYTES: Final = 400
 MAX_DESCRIPTION_BYTES: Final = 400
 
 # Clients log what they are told. A token that stood in a wrong field, and would be named with it, is not sent back.
@@ -46,16 +48,21 @@ _TABLE: Final[dict[type[errors.LatchgateError], tuple[grpc.StatusCode, error_rea
     errors.PlanNotFoundError: (grpc.StatusCode.NOT_FOUND, _Reason.ERROR_REASON_PLAN_NOT_FOUND),
     errors.OrganizationExistsError: (grpc.StatusCode.ALREADY_EXISTS, _Reason.ERROR_REASON_ORGANIZATION_EXISTS),
     errors.PlanExistsError: (grpc.StatusCode.ALREADY_EXISTS, _Reason.ERROR_REASON_PLAN_EXISTS),
+    errors.ScopeExistsError: (grpc.StatusCode.ALREADY_EXISTS, _Reason.ERROR_REASON_SCOPE_EXISTS),
     errors.RequestIdReusedError: (grpc.StatusCode.ALREADY_EXISTS, _Reason.ERROR_REASON_REQUEST_ID_REUSED),
     errors.RequestIdExpiredError: (grpc.StatusCode.ALREADY_EXISTS, _Reason.ERROR_REASON_REQUEST_ID_EXPIRED),
     errors.EtagMismatchError: (grpc.StatusCode.ABORTED, _Reason.ERROR_REASON_ETAG_MISMATCH),
     errors.KeyRevokedError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_KEY_REVOKED),
     errors.KeyDeletedError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_KEY_DELETED),
     errors.KeyExpiredError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_KEY_EXPIRED),
+    errors.UndeleteExpiredError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_UNDELETE_EXPIRED),
+    errors.ScopeInUseError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_SCOPE_IN_USE),
+    errors.ScopeNotOwnError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_SCOPE_NOT_OWN),
     errors.LastRootKeyError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_LAST_ROOT_KEY),
     errors.RootOrganizationError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_ROOT_ORGANIZATION),
     errors.RevisionUnknownError: (grpc.StatusCode.FAILED_PRECONDITION, _Reason.ERROR_REASON_REVISION_UNKNOWN),
     errors.KeyLimitReachedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _Reason.ERROR_REASON_KEY_LIMIT_REACHED),
+    errors.ScopeLimitReachedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _Reason.ERROR_REASON_SCOPE_LIMIT_REACHED),
     errors.StorageUnavailableError: (grpc.StatusCode.UNAVAILABLE, _Reason.ERROR_REASON_STORAGE_UNAVAILABLE),
     errors.WriteUnknownError: (grpc.StatusCode.UNAVAILABLE, _Reason.ERROR_REASON_WRITE_UNKNOWN),
     errors.LookupBudgetError: (grpc.StatusCode.UNAVAILABLE, _Reason.ERROR_REASON_LOOKUP_BUDGET_EXCEEDED),
@@ -126,7 +133,7 @@ def make_status(code: grpc.StatusCode, message: str, reason: str, metadata: Mapp
     """Puts a status together, with what programs read of it."""
     number: int = code.value[0]
     status = status_pb2.Status(code=number, message=told(message, MAX_MESSAGE_BYTES))
-    shown = {name: told(value, MAX_FIELD_BYTES) for name, value in metadata.items()}
+    shown = {name: told(value, MAX_METADATA_BYTES) for name, value in metadata.items()}
     _attach(status, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=shown))
     return status
 

@@ -114,18 +114,53 @@ INSERT INTO key (id, organization_id, name, key_type, environment, permissions, 
 SELECT $1, counted.id, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13 FROM counted
 """
 
-# All that can change of a key; a key that is revoked by this is counted no more.
+# All that can change of a key; one that is revoked by this is counted no more, and one that is brought back is again.
 KEY_UPDATE = """
-WITH released AS (
-    UPDATE organization o SET key_count = o.key_count - 1
+WITH counted AS (
+    UPDATE organization o SET key_count = o.key_count + CASE WHEN k.revoke_time IS NULL THEN -1 ELSE 1 END
     FROM key k
-    WHERE k.id = $1 AND o.id = k.organization_id AND k.revoke_time IS NULL AND $9::timestamptz IS NOT NULL
+    WHERE k.id = $1 AND o.id = k.organization_id AND (k.revoke_time IS NULL) <> ($9::timestamptz IS NULL)
 )
 UPDATE key
 SET name = $2, permissions = $3, rate_limit_per_minute = $4, active = $5, metadata = $6, allowed_cidrs = $7,
     expire_time = $8, revoke_time = $9, revoke_reason = $10, delete_time = $11, revision = $12,
     version = version + 1, update_time = now()
 WHERE id = $1
+"""
+
+# What keys of the organization $1 that are neither revoked nor deleted are permitted, each permission once: those of
+# $2, and wildcards. Only with the organization locked it stays so.
+KEY_LIST_PERMISSIONS = """
+SELECT DISTINCT held.permission
+FROM key k CROSS JOIN LATERAL unnest(k.permissions) AS held (permission)
+WHERE k.organization_id = $1 AND k.revoke_time IS NULL
+  AND (held.permission = ANY ($2::text[]) OR strpos(held.permission, '*') > 0)
+"""
+
+# Up to $3 of these keys that hold one of the permissions $2, the oldest first, and in each row how many they are.
+KEY_LIST_HOLDING = """
+SELECT k.id, count(*) OVER () AS key_count
+FROM key k
+WHERE k.organization_id = $1 AND k.revoke_time IS NULL AND k.permissions && $2::text[]
+ORDER BY k.id
+LIMIT $3
+"""
+
+# What keys of all organizations that are neither revoked nor deleted are permitted that is neither one of $1 nor a
+# scope of their organization's own, and how many hold it. Wildcards may stand for some of these scopes, and are told
+# with them.
+KEY_COUNT_PERMISSIONS = """
+SELECT held.permission, CASE WHEN strpos(held.permission, '*') > 0 THEN o.scopes ELSE '[]' END AS own_scopes,
+       sum(held.key_count)::int8 AS key_count
+FROM (
+    SELECT k.organization_id, each.permission, count(*) AS key_count
+    FROM key k CROSS JOIN LATERAL unnest(k.permissions) AS each (permission)
+    WHERE k.revoke_time IS NULL AND each.permission <> ALL ($1::text[])
+    GROUP BY 1, 2
+) held
+JOIN organization o ON o.id = held.organization_id
+WHERE NOT o.scopes @> jsonb_build_array(jsonb_build_object('name', held.permission))
+GROUP BY 1, 2
 """
 
 # A secret, with its place for the last use, so that a flush only ever updates.

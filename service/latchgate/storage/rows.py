@@ -14,6 +14,7 @@ import asyncpg
 from latchgate.domain.audit import AuditEvent, ChainedEvent
 from latchgate.domain.model import (
     Environment,
+    HeldPermission,
     Key,
     KeyIdentity,
     KeyRecord,
@@ -121,6 +122,13 @@ def scopes(value: Sequence[Mapping[str, str]]) -> tuple[Scope, ...]:
 def scopes_json(own: Sequence[Scope]) -> list[dict[str, str]]:
     """Writes an organization's own scopes."""
     return [{"name": scope.name, "description": scope.description} for scope in own]
+
+
+def held_permission(row: Row) -> HeldPermission:
+    """Reads a permission that keys hold."""
+    return HeldPermission(
+        permission=row["permission"], own_scopes=scopes(row["own_scopes"]), key_count=row["key_count"]
+    )
 
 
 def organization(row: Row) -> Organization:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from latchgate.domain.audit import AuditEntry
-from latchgate.domain.model import Caller, Environment, Key, KeyFilter, Organization, Plan, Scope
+from latchgate.domain.model import Caller, Environment, HeldPermission, Key, KeyFilter, Organization, Plan, Scope
 from latchgate.storage import queries, rows
 from latchgate.storage.postgres import Database
 from latchgate.storage.transaction import PostgresTransaction
@@ -68,6 +68,12 @@ class PostgresStore:
         async with self._database.connection() as connection:
             row = await connection.fetchrow(queries.ORGANIZATION_SCOPES, organization_id)
         return None if row is None else rows.scopes(row["scopes"])
+
+    async def permissions_beyond(self, names: Sequence[str]) -> Sequence[HeldPermission]:
+        """What keys hold that is neither one of `names` nor a scope of their organization's own."""
+        async with self._database.connection() as connection:
+            found = await connection.fetch(queries.KEY_COUNT_PERMISSIONS, names)
+        return [rows.held_permission(row) for row in found]
 
     async def get_organization(self, organization_id: str) -> Organization | None:
         """Reads an organization."""

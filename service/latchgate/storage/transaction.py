@@ -73,7 +73,7 @@ class PostgresTransaction:
         return await self._key(key.id)
 
     async def save_key(self, key: Key, revision: int) -> Key:
-        """Stores what can change of a key; counts it no more once it is revoked."""
+        """Stores what can change of a key; it counts as long as it is not revoked."""
         await self._connection.execute(
             queries.KEY_UPDATE,
             key.id,
@@ -124,6 +124,18 @@ class PostgresTransaction:
         except asyncpg.ForeignKeyViolationError:
             raise PlanNotFoundError(f"plan {organization.plan_id} does not exist") from None
         return rows.organization(_one(await self._connection.fetchrow(queries.ORGANIZATION_GET, organization.id)))
+
+    async def permissions_held(self, organization_id: str, names: Sequence[str]) -> Sequence[str]:
+        """What an organization's keys are permitted that is one of `names`, or has a wildcard."""
+        found = await self._connection.fetch(queries.KEY_LIST_PERMISSIONS, organization_id, names)
+        return [row["permission"] for row in found]
+
+    async def keys_holding(
+        self, organization_id: str, permissions: Sequence[str], count: int
+    ) -> tuple[Sequence[str], int]:
+        """The first ids of the keys that hold one of some permissions, and how many there are."""
+        found = await self._connection.fetch(queries.KEY_LIST_HOLDING, organization_id, permissions, count)
+        return [row["id"] for row in found], found[0]["key_count"] if found else 0
 
     async def lock_plan(self, plan_id: str) -> Plan | None:
         """Reads a plan and keeps others from changing it."""

@@ -22,13 +22,15 @@ Message = dict[str, Any]
 class Found:
     """What a worker's start has found and made. `schema_before` is None for a new database.
 
-    `root_token` is there only if it was made now, and is shown once.
+    `root_token` is there only if it was made now, and is shown once. `missing_scopes` are permissions that match no
+    scope any more, and how many keys hold each.
     """
 
     schema: str
     schema_before: str | None
     root_token: str | None
     is_root_refused: bool
+    missing_scopes: dict[str, int]
 
     def as_message(self) -> Message:
         """Writes it down."""

@@ -26,6 +26,9 @@ LONG_ENOUGH_S: Final = 10.0
 METRICS_INTERVAL_S: Final = 5.0
 """How much of what it has counted a worker that is killed takes with it at most, if nobody scrapes."""
 
+MAX_MISSING_SCOPES: Final = 20
+"""How many of the scopes that are missing are told of, those that most keys hold first."""
+
 _log = structlog.get_logger("latchgate.workers")
 
 
@@ -80,7 +83,9 @@ class Supervisor:
             if not found.done():
                 failure.result()
             self._is_complete = True
-            return await found
+            founds = await found
+            _warn_of_missing_scopes(founds[0])
+            return founds
         finally:
             found.cancel()
             failure.cancel()
@@ -102,6 +107,9 @@ class Supervisor:
             if successor is None or not await _is_ready(successor):
                 _log.error("workers_not_renewed", hint="a new worker does not start; those that are there go on")
                 return
+            if place is self._places[0]:
+                # All of them read the same scopes file.
+                _warn_of_missing_scopes(successor.ready.result())
             before, place.worker = place.worker, successor
             if before is not None:
                 await self._let_go(before)
@@ -208,6 +216,11 @@ class Supervisor:
         while True:
             await asyncio.sleep(METRICS_INTERVAL_S)
             await self._metrics.refresh()
+
+
+def _warn_of_missing_scopes(found: Found) -> None:
+    for scope, keys in sorted(found.missing_scopes.items(), key=lambda each: -each[1])[:MAX_MISSING_SCOPES]:
+        _log.warning("scope_missing", scope=scope, keys=keys, hint="keys hold it, and it is in no catalogue any more")
 
 
 async def _is_ready(worker: WorkerProcess) -> bool:

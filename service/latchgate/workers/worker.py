@@ -122,6 +122,7 @@ def _found(ready: Ready) -> Found:
         schema_before=ready.schema_before,
         root_token=ready.root.token,
         is_root_refused=ready.root.is_refused,
+        missing_scopes=dict(ready.missing_scopes),
     )
 
 
