@@ -68,6 +68,7 @@ from latchgate.storage.lookups import BatchingKeyReader, find_many, lookup_link
 from latchgate.storage.migrate import migrate_for
 from latchgate.storage.postgres import Database
 from latchgate.storage.probe import DatabaseProbe
+from latchgate.storage.purge import purge_keys
 from latchgate.storage.ratelimit import PostgresRateStore, forget_windows, rate_link
 from latchgate.storage.requests import RequestSealer, forget_requests
 from latchgate.storage.stores import PostgresStore
@@ -326,6 +327,7 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
     trail, retention = PostgresTrail(database), timedelta(days=settings.audit_retention_days)
     background.repeat("keeping of the audit trail", AUDIT_INTERVAL_S, lambda: keep_trail(trail, retention))
     background.repeat("clearing of silent workers", FORGET_INTERVAL_S, effects.sweep)
+    background.repeat("removing of deleted keys", FORGET_INTERVAL_S, lambda: purge_keys(database))
     # Calls are answered by now: of many keys this may take a second.
     missing_scopes = await _missing_scopes(PostgresStore(database), parts.scopes)
     return Ready(root=root, schema_before=before, schema=schema, missing_scopes=missing_scopes)

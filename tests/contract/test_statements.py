@@ -52,6 +52,7 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "KEY_LIST_LASTING_ROOT": ("", {"id"}),
     "KEY_INSERT": ("text text text text text text[] int4 text text jsonb text[] text timestamptz", set()),
     "KEY_UPDATE": ("text text text[] int4 bool jsonb text[] timestamptz timestamptz text timestamptz int8", set()),
+    "KEY_PURGE": ("interval int8", {"id", "organization_id", "name", "delete_time"}),
     "KEY_LIST_PERMISSIONS": ("text text[]", {"permission"}),
     "KEY_LIST_HOLDING": ("text text[] int8", {"id", "key_count"}),
     "KEY_COUNT_PERMISSIONS": ("text[]", {"permission", "own_scopes", "key_count"}),

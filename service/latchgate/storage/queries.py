@@ -128,6 +128,23 @@ SET name = $2, permissions = $3, rate_limit_per_minute = $4, active = $5, metada
 WHERE id = $1
 """
 
+# Removes up to $2 keys that were deleted longer ago than $1, the first deleted first, with their secrets and the times
+# of their last uses. By the database's clock, as undeleting them is. Those that another worker is at, or that are being
+# brought back, are left. Root keys stay: a start finds by their secrets that the root token of the settings was ended.
+KEY_PURGE = """
+WITH purged AS MATERIALIZED (
+    SELECT id FROM key
+    WHERE delete_time <= now() - $1::interval AND organization_id <> 'org_root'
+    ORDER BY delete_time
+    LIMIT $2
+    FOR UPDATE SKIP LOCKED
+), secrets AS (
+    DELETE FROM secret s USING purged p WHERE s.key_id = p.id
+)
+DELETE FROM key k USING purged p WHERE k.id = p.id
+RETURNING k.id, k.organization_id, k.name, k.delete_time
+"""
+
 # What keys of the organization $1 that are neither revoked nor deleted are permitted, each permission once: those of
 # $2, and wildcards. Only with the organization locked it stays so.
 KEY_LIST_PERMISSIONS = """

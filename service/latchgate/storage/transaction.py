@@ -39,7 +39,9 @@ class PostgresTransaction:
         """Locks a key's organization, then the key, and then reads it as the last holder of the lock left it."""
         if await self._connection.fetchval(queries.KEY_LOCK_ORGANIZATION, key_id) is None:
             return None
-        await self._connection.execute(queries.KEY_LOCK, key_id)
+        if await self._connection.fetchval(queries.KEY_LOCK, key_id) is None:
+            # It was removed while its lock was waited for.
+            return None
         return await self._key(key_id)
 
     async def is_in_use(self, secret_id: int) -> bool:
