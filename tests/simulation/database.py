@@ -111,7 +111,8 @@ class State:
             if change.action == "toggle":
                 key = replace(key, active=not key.active)
             elif change.action == "revoke":
-                key = replace(key, revoked=True)
+                # Or brought back, as a key that was only deleted can be.
+                key = replace(key, revoked=not key.revoked)
             self.keys[index] = key
         self.log.append(change)
 
