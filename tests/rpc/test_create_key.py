@@ -71,7 +71,7 @@ async def test_every_field_of_the_answer(acme: Tenant) -> None:
     assert "" != key.etag
     assert key.HasField("create_time")
     unset = {field.name for field in key.DESCRIPTOR.fields} - {field.name for field, _ in key.ListFields()}
-    assert {"revoke_time", "last_used_time", "revoke_reason"} == unset
+    assert {"revoke_time", "purge_time", "last_used_time", "revoke_reason"} == unset
 
 
 async def test_defaults(acme: Tenant) -> None:
