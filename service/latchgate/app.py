@@ -31,6 +31,7 @@ from latchgate.domain.permissions import WILDCARD
 from latchgate.domain.suspicion import SuspicionCounter
 from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.trail import AuditReader
+from latchgate.domain.usage import UsageReporter
 from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
 from latchgate.draining import drain
 from latchgate.limiting import SharedLimiter
@@ -53,12 +54,14 @@ from latchgate.rpc.server import (
     EXT_AUTHZ_SERVICE,
     KEY_SERVICE,
     ORGANIZATION_SERVICE,
+    USAGE_SERVICE,
     VALIDATE,
     ListenError,
     RpcServer,
     make_server,
 )
 from latchgate.rpc.tls import CertificateError, ReloadingCredentials, TlsFiles
+from latchgate.rpc.usage_service import UsageService
 from latchgate.storage.audit import PostgresTrail, keep_trail
 from latchgate.storage.bootstrap import RootKey, ensure_root_key, load_tag_key
 from latchgate.storage.coherence import Membership, forget_changes
@@ -70,10 +73,11 @@ from latchgate.storage.postgres import Database
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.purge import purge_keys
 from latchgate.storage.ratelimit import PostgresRateStore, forget_windows, rate_link
+from latchgate.storage.reports import PostgresUsageStore
 from latchgate.storage.requests import RequestSealer, forget_requests
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.suspicion import SuspicionStore
-from latchgate.storage.usage import UsageBuffer
+from latchgate.storage.usage import UsageBuffer, forget_usage
 from latchgate.watch import DatabaseWatch, Figures
 from latchgate.web.auth import AuthEndpoint
 from latchgate.web.server import HttpListenError, HttpServer
@@ -318,7 +322,7 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
     background.keep("reading of the change log", membership.run())
     background.keep("asking for rate limits", limiter.run())
     background.repeat("database watch", PROBE_INTERVAL_S, watch.look)
-    background.repeat("writing of last-used times", settings.usage_flush_seconds, parts.usage.flush)
+    background.repeat("writing of usage", settings.usage_flush_seconds, parts.usage.flush)
     background.repeat("writing of suspicious use", settings.usage_flush_seconds, suspicion.flush)
     background.repeat("clearing of suspicious use", FORGET_INTERVAL_S, suspicion.forget)
     background.repeat("clearing of request_ids", FORGET_INTERVAL_S, lambda: forget_requests(database))
@@ -326,6 +330,8 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
     background.repeat("clearing of rate limits", FORGET_INTERVAL_S, lambda: forget_windows(database))
     trail, retention = PostgresTrail(database), timedelta(days=settings.audit_retention_days)
     background.repeat("keeping of the audit trail", AUDIT_INTERVAL_S, lambda: keep_trail(trail, retention))
+    kept = timedelta(days=settings.usage_retention_days)
+    background.repeat("clearing of usage", FORGET_INTERVAL_S, lambda: forget_usage(database, kept))
     background.repeat("clearing of silent workers", FORGET_INTERVAL_S, effects.sweep)
     background.repeat("removing of deleted keys", FORGET_INTERVAL_S, lambda: purge_keys(database))
     # Calls are answered by now: of many keys this may take a second.
@@ -375,6 +381,9 @@ def _backend(
         ),
         ORGANIZATION_SERVICE.full_name: OrganizationService(organizations=organizations, pages=pages),
         AUDIT_SERVICE.full_name: AuditService(trail=AuditReader(PostgresTrail(parts.database), suspicion), pages=pages),
+        USAGE_SERVICE.full_name: UsageService(
+            usage=UsageReporter(PostgresUsageStore(parts.database, store)), pages=pages
+        ),
         EXT_AUTHZ_SERVICE.full_name: ExtAuthz(validator=validator, reader=reader, writer=writer, outcomes=metrics),
     }
     recalls: dict[str, FromMemory] = {
@@ -410,7 +419,7 @@ async def _flush_last(usage: UsageBuffer) -> None:
     try:
         await usage.flush()
     except Exception as error:  # noqa: BLE001 - what comes after it in stopping must come
-        _log.warning("last_used_times_lost", error=type(error).__name__)
+        _log.warning("usage_lost", error=type(error).__name__)
 
 
 async def _cancelled(task: asyncio.Task[Any]) -> None:

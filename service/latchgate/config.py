@@ -159,6 +159,7 @@ class Settings(BaseSettings):
     prefix_publishable_live: TokenPrefix = "lk_pk_"
     prefix_publishable_test: TokenPrefix = "lk_pk_test_"
     usage_flush_seconds: float = Field(default=5.0, gt=0, le=3600)
+    usage_retention_days: int = Field(default=90, ge=1, le=3650)
     audit_retention_days: int = Field(default=400, ge=30, le=36_500)
     drain_seconds: float = Field(default=20.0, ge=0, le=3600)
     log_level: LogLevel = LogLevel.INFO

@@ -105,7 +105,7 @@ class Figures(Collector):
         connections.add_metric(["idle"], pool.get_max_size() - busy)
         yield connections
         yield GaugeMetricFamily(
-            "latchgate_last_used_pending", "Secrets whose last use is not written yet.", self._usage.pending
+            "latchgate_last_used_pending", "Secrets whose usage is not written yet.", self._usage.pending
         )
         yield CounterMetricFamily(
             "latchgate_foreign_lookups_refused",

@@ -524,7 +524,7 @@ async def test_last_use_of_a_key_is_the_latest_of_any_token(
     record = found[digest(token)].record
     assert record is not None
     usage = UsageBuffer(database)
-    usage.record(record.secret_id, LATER.timestamp())
+    usage.used(record, LATER.timestamp())
     await usage.flush()
     for _ in range(2):
         async with store.transaction() as transaction:

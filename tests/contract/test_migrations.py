@@ -17,7 +17,7 @@ from latchgate.storage.migrate import SchemaError, check_server, migrate
 from latchgate.storage.postgres import Connection
 from support.databases import connected, fault_proxy, started_and_waiting
 
-HEAD = "0005"
+HEAD = "0006"
 TABLES = {
     "alembic_version",
     "audit_event",
@@ -33,6 +33,9 @@ TABLES = {
     "request",
     "secret",
     "suspicious_use",
+    "usage_by_organization",
+    "usage_by_secret",
+    "usage_flush",
     "worker",
 }
 

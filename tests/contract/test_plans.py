@@ -6,13 +6,14 @@ import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
 from latchgate.domain.model import KeyFilter
-from latchgate.storage import queries
+from latchgate.storage import queries, queries_usage
 from latchgate.storage.link import Link
 from latchgate.storage.lookups import find_many, lookup_link
 from latchgate.storage.postgres import Connection, Database
@@ -21,6 +22,8 @@ from support.databases import connected, opened, show
 
 KEYS = 60_000
 PAGE = 100
+HOUR = 500_000
+"""The first one in which something was counted."""
 
 # `old` has most of all keys, and all of them are older than those of `new`: a walk along all keys by id would meet none
 # of them for long, and yet statistics make it look cheap. The later half of its keys is revoked; a few are a user's.
@@ -36,6 +39,10 @@ FROM generate_series(1, {KEYS}) i;
 INSERT INTO secret (digest, key_id, hint, readable_token)
 SELECT sha256(id::bytea), id, 'lk_abcde', CASE WHEN key_type = 'publishable' THEN 'public' END FROM key;
 INSERT INTO last_used (secret_id) SELECT id FROM secret;
+INSERT INTO usage_by_secret (secret_id, hour, outcome, count)
+SELECT id, hour, 1, 1 FROM secret, generate_series({HOUR}, {HOUR} + 1) AS hours (hour) WHERE id <= 20000;
+INSERT INTO usage_by_organization (organization_id, hour, outcome, count)
+SELECT 'o' || n, hour, 1, 1 FROM generate_series(1, 500) n, generate_series({HOUR}, {HOUR} + 23) AS hours (hour);
 ANALYZE;
 """  # noqa: S608 - figures of this module
 
@@ -209,6 +216,45 @@ async def test_page_of_a_user_reads_that_users_keys_alone(filled: Database, afte
 
     assert "key_by_user" in {node.get("Index Name") for node in nodes(plan)}
     assert key_scan(plan)[2] <= 10
+
+
+async def test_unused_keys_are_found_along_the_index(filled: Database) -> None:
+    """A page of unused keys is a walk along the index of an organization's keys that count; it ends with the page, and
+    looks up of each key alone when it was used.
+    """
+    since = datetime.now(UTC) + timedelta(days=1)
+    plan = await run_plan(filled, queries.KEY_LIST_UNUSED, "old", "", "~", since, PAGE)
+
+    assert ("Index Scan", "key", "key_unrevoked") in accesses(plan)
+    assert not {"Sort", "Seq Scan"} & {node["Node Type"] for node in nodes(plan) if node.get("Relation Name")}
+    read = [node["Actual Rows"] * node["Actual Loops"] for node in nodes(plan) if node.get("Relation Name")]
+    assert PAGE == max(read)
+
+
+async def test_reach_reads_no_keys(filled: Database) -> None:
+    """How far a walk along an organization's keys goes is read from the index, and no further than that."""
+    plan = await run_plan(filled, queries.KEY_REACH, "old", "", 1000)
+
+    assert {"key_unrevoked"} == {index for _, table, index in accesses(plan) if table == "key"}
+    assert 1000 == max(node["Actual Rows"] for node in nodes(plan))
+
+
+@pytest.mark.parametrize(
+    ("statement", "of", "table", "rows"),
+    [
+        pytest.param(queries_usage.USAGE_OF_KEY, f"key_{1000:026d}", "usage_by_secret", 2, id="key"),
+        pytest.param(queries_usage.USAGE_OF_ORGANIZATION, "o7", "usage_by_organization", 24, id="organization"),
+    ],
+)
+async def test_usage_is_looked_up_by_the_hour(filled: Database, statement: str, of: str, table: str, rows: int) -> None:
+    """What others have counted in the same hours is not read, for a key as for an organization."""
+    plan = await run_plan(filled, statement, of, HOUR - 100, HOUR + 100, 1)
+
+    (scan,) = [node for node in nodes(plan) if node.get("Relation Name") == table]
+    conditions = [node["Index Cond"] for node in nodes(plan) if node.get("Index Name") == f"{table}_pkey"]
+    assert [True] == [f"({table}.hour = hours.hour) AND " in condition for condition in conditions]
+    assert rows == round(scan["Actual Rows"] * scan["Actual Loops"])
+    assert 0 == scan.get("Rows Removed by Filter", 0)
 
 
 async def test_publishable_key_is_not_searched_among_all(filled: Database) -> None:

@@ -14,7 +14,7 @@ import asyncpg
 
 from latchgate.domain.model import Key, KeyRecord, Organization, Plan, Scope
 from latchgate.domain.token import digest
-from latchgate.storage import queries, rows
+from latchgate.storage import queries, queries_usage, rows
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.stores import PostgresStore
 from support.databases import insert_key, show, store_organization
@@ -48,6 +48,8 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "KEY_LOCK_ORGANIZATION": ("text", {"id"}),
     "KEY_LIST": ("text text text text text bool int8", KEY_COLUMNS),
     "KEY_LIST_OF_USER": ("text text text text text bool int8 text", KEY_COLUMNS),
+    "KEY_REACH": ("text text int8", {"now", "reach"}),
+    "KEY_LIST_UNUSED": ("text text text timestamptz int8", KEY_COLUMNS),
     "KEY_GET_PUBLISHABLE": ("text text", {"id", "readable_token"}),
     "KEY_LIST_LASTING_ROOT": ("", {"id"}),
     "KEY_INSERT": ("text text text text text text[] int4 text text jsonb text[] text timestamptz", set()),
@@ -63,6 +65,14 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "SECRET_IS_GOOD_ROOT": ("bytea", {"exists"}),
     "SECRET_FIND": ("bytea[]", {"now_s", "revision", "digest", *FOUND_COLUMNS}),
     "LAST_USED_UPDATE": ("int8[] float8[]", set()),
+    "USAGE_FLUSH_MARK": ("uuid int8", {"?column?"}),
+    "USAGE_SECRET_ADD": ("int4 int8[] int2[] int8[]", set()),
+    "USAGE_ORGANIZATION_ADD": ("int4 text[] int2[] int8[]", set()),
+    "USAGE_OF_KEY": ("text int4 int4 int4", {"step", "outcome", "count"}),
+    "USAGE_OF_ORGANIZATION": ("text int4 int4 int4", {"step", "outcome", "count"}),
+    "USAGE_SECRET_FORGET": ("interval int8", set()),
+    "USAGE_ORGANIZATION_FORGET": ("interval int8", set()),
+    "USAGE_FLUSH_FORGET": ("interval", set()),
     "RATE_EXCHANGE": (
         "text[] int4[] int4[] int4[] int4[] int4[] int8[] int4[]",
         {"workers", "key_id", "granted", "slot", "ages", "costs", "used", "now_s"},
@@ -121,12 +131,12 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
 
 
 async def test_every_statement_fits_the_schema(database: Database) -> None:
-    """Each constant of the queries module can be prepared against the migrated schema, takes what its callers pass and
-    gives what they read. A constant that is added without an entry in this table fails here.
+    """Each constant of the modules of queries can be prepared against the migrated schema, takes what its callers pass
+    and gives what they read. A constant that is added without an entry in this table fails here.
     """
     actual = {}
     async with database.connection() as connection:
-        for name, value in vars(queries).items():
+        for name, value in (*vars(queries).items(), *vars(queries_usage).items()):
             if name.startswith("_") or not isinstance(value, str) or not name.isupper():
                 continue
             statement = await connection.prepare(value)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from latchgate.domain.errors import StorageUnavailableError, WriteUnknownError
+from latchgate.domain.model import KeyRecord
 from latchgate.storage import usage as usage_module
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.stores import PostgresStore
@@ -22,12 +24,18 @@ from support.databases import (
     opened,
     started_and_waiting,
 )
+from support.records import KEY_RECORD
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
 NOON_S = NOON.timestamp()
 # All but that of the root key.
 TIMES = "SELECT used_time FROM last_used WHERE secret_id > 1 ORDER BY secret_id"
+
+
+def of(secret_id: int) -> KeyRecord:
+    """A secret of which no more is known than whose it is."""
+    return replace(KEY_RECORD, secret_id=secret_id)
 
 
 async def _secrets(store: PostgresStore, observer: Connection, count: int) -> list[int]:
@@ -46,9 +54,9 @@ async def test_flush_writes_what_gathered(database: Database, store: PostgresSto
     """A flush writes the latest time of each secret that was used, touches no other, and leaves nothing to write."""
     first, second, _ = await _secrets(store, observer, 3)
     usage = UsageBuffer(database)
-    usage.record(second, NOON_S)
-    usage.record(first, NOON_S)
-    usage.record(first, NOON_S + 1)
+    usage.used(of(second), NOON_S)
+    usage.used(of(first), NOON_S)
+    usage.used(of(first), NOON_S + 1)
     assert 2 == usage.pending
 
     await usage.flush()
@@ -71,7 +79,7 @@ async def test_flush_is_split_into_batches(
     monkeypatch.setattr(usage_module, "FLUSH_ROWS", 2)
     usage = UsageBuffer(database)
     for number, secret_id in enumerate(await _secrets(store, observer, 5)):
-        usage.record(secret_id, NOON_S + number)
+        usage.used(of(secret_id), NOON_S + number)
 
     await usage.flush()
 
@@ -84,12 +92,12 @@ async def test_time_never_goes_back(database: Database, store: PostgresStore, ob
     """An earlier time changes nothing: not in memory, and not when another worker has written a later one."""
     (secret_id,) = await _secrets(store, observer, 1)
     usage, other = UsageBuffer(database), UsageBuffer(database)
-    usage.record(secret_id, NOON_S)
-    usage.record(secret_id, NOON_S - 1)
+    usage.used(of(secret_id), NOON_S)
+    usage.used(of(secret_id), NOON_S - 1)
     await usage.flush()
     assert [NOON] == await _times(observer)
 
-    other.record(secret_id, NOON_S - 1)
+    other.used(of(secret_id), NOON_S - 1)
     await other.flush()
     assert [NOON] == await _times(observer)
 
@@ -100,8 +108,8 @@ async def test_secret_that_is_gone_is_passed_over(
     """A time for a secret that is not there any more does not keep the others from being written."""
     (secret_id,) = await _secrets(store, observer, 1)
     usage = UsageBuffer(database)
-    usage.record(secret_id, NOON_S)
-    usage.record(secret_id + 1000, NOON_S)
+    usage.used(of(secret_id), NOON_S)
+    usage.used(of(secret_id + 1000), NOON_S)
 
     await usage.flush()
 
@@ -115,11 +123,11 @@ async def test_what_is_used_during_a_flush_is_written_by_the_next(
     """Uses that come while a flush is under way wait for the next one."""
     (secret_id,) = await _secrets(store, observer, 1)
     usage = UsageBuffer(database)
-    usage.record(secret_id, NOON_S)
+    usage.used(of(secret_id), NOON_S)
     async with database.transaction() as holder:
         await holder.execute("SELECT 1 FROM last_used FOR UPDATE")
         flush = await started_and_waiting(observer, usage.flush())
-        usage.record(secret_id, NOON_S + 1)
+        usage.used(of(secret_id), NOON_S + 1)
     await flush
     assert ([NOON], 1) == (await _times(observer), usage.pending)
 
@@ -132,14 +140,15 @@ async def test_nothing_is_lost_while_the_database_is_away(database_url: str, obs
     async with fault_proxy(database_url) as proxy, opened(proxy.url) as database:
         first, second = await _secrets(PostgresStore(database), observer, 2)
         usage = UsageBuffer(database)
-        usage.record(first, NOON_S)
-        usage.record(second, NOON_S)
+        usage.used(of(first), NOON_S)
+        usage.used(of(second), NOON_S)
         proxy.refuse()
         for _ in range(2):
             with pytest.raises(StorageUnavailableError):
                 await usage.flush()
-        usage.record(second, NOON_S + 1)
-        assert 2 == usage.pending
+        usage.used(of(second), NOON_S + 1)
+        # What was tried is kept as it was, apart from what came since.
+        assert 3 == usage.pending
         proxy.accept()
 
         await usage.flush()
@@ -163,7 +172,7 @@ async def test_nothing_is_lost_when_it_is_not_known_whether_it_was_written(
             async with database.transaction() as connection:
                 await connection.execute("UPDATE last_used SET used_time = NULL")
             proxy.strike(number, Fault.LOSE_REQUEST)
-            usage.record(secret_id, NOON_S)
+            usage.used(of(secret_id), NOON_S)
             try:
                 await usage.flush()
             except (StorageUnavailableError, WriteUnknownError) as error:
@@ -182,15 +191,15 @@ async def test_flush_that_is_cancelled_keeps_what_it_took(
     """A service that stops in the middle of a flush has the times still, for its last one, and the latest of each."""
     (secret_id,) = await _secrets(store, observer, 1)
     usage = UsageBuffer(database)
-    usage.record(secret_id, NOON_S)
+    usage.used(of(secret_id), NOON_S)
     async with database.transaction() as holder:
         await holder.execute("SELECT 1 FROM last_used FOR UPDATE")
         flush = await started_and_waiting(observer, usage.flush())
-        usage.record(secret_id, NOON_S + 1)
+        usage.used(of(secret_id), NOON_S + 1)
         flush.cancel()
         await asyncio.wait({flush})
     assert flush.cancelled()
-    assert 1 == usage.pending
+    assert 2 == usage.pending
 
     await usage.flush()
     assert [NOON + SECOND] == await _times(observer)
@@ -209,7 +218,7 @@ async def test_flushes_at_the_same_time_do_not_wait_for_each_other_in_a_circle(
         for turn in range(4):
             for number, usage in enumerate(workers):
                 for secret_id in secret_ids if number % 2 else reversed(secret_ids):
-                    usage.record(secret_id, NOON_S + 10 * turn + number)
+                    usage.used(of(secret_id), NOON_S + 10 * turn + number)
             await asyncio.gather(*(usage.flush() for usage in workers))
 
     assert {NOON + 35 * SECOND} == set(await _times(observer))
@@ -231,8 +240,8 @@ async def test_rows_are_locked_in_the_order_of_their_ids(
     await observer.execute("UPDATE last_used SET used_time = used_time WHERE secret_id = $1", low)
     await database.management.expire_connections()
     usage = UsageBuffer(database)
-    usage.record(high, NOON_S)
-    usage.record(low, NOON_S)
+    usage.used(of(high), NOON_S)
+    usage.used(of(low), NOON_S)
     async with connected(database_url) as other:
         async with other.transaction():
             await other.execute(statement, low)
@@ -259,7 +268,7 @@ async def test_flush_does_not_wait_for_the_disk(database: Database, store: Postg
     )
     usage = UsageBuffer(database)
     await database.management.expire_connections()
-    usage.record(secret_id, NOON_S)
+    usage.used(of(secret_id), NOON_S)
     await usage.flush()
 
     assert ["off"] == [row["value"] for row in await observer.fetch("SELECT value FROM setting")]

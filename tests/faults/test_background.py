@@ -186,7 +186,7 @@ async def test_probe_fault_is_not_serving(background: Background, log: pytest.Ca
 
 
 async def test_failing_flush_is_told_and_survived(database_url: str) -> None:
-    """Last-used times that can not be written are an error in log and metrics, and written once they can be again."""
+    """Usage that can not be written is an error in log and metrics, and written once they can be again."""
     async with run_service(database_url, usage_flush_seconds=0.02) as service, connected(database_url) as connection:
         await service.create_organization()
         created = await service.create_key()
@@ -196,7 +196,7 @@ async def test_failing_flush_is_told_and_survived(database_url: str) -> None:
             # Once more each time: what a failed flush had taken is not its only chance.
             assert "VALID" == await service.outcome(created.token)
             failures = service.running.metrics.registry.get_sample_value(
-                "latchgate_background_failures_total", {"work": "writing of last-used times"}
+                "latchgate_background_failures_total", {"work": "writing of usage"}
             )
             return (failures or 0) >= 1
 

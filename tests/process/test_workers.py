@@ -290,7 +290,7 @@ async def test_embedded_database_outlives_the_workers(folder: Path) -> None:
             stub: Any = KeyServiceStub(channel)
             await stub.Validate(keys_pb.ValidateRequest(token=token))
         await stop(service)
-        assert [] == service.events("last_used_times_lost")
+        assert [] == service.events("usage_lost")
         assert not is_running(database)
 
 

@@ -92,6 +92,31 @@ async def test_each_token_has_its_own_time(tenant: Tenant) -> None:
     assert (False, key.last_used_time) == (newest.HasField("last_used_time"), before.last_used_time)
 
 
+@pytest.mark.parametrize("end", ["revoke", "delete", "rotate", "toggle"])
+async def test_single_use_of_a_key_that_is_ended(tenant: Tenant, end: str) -> None:
+    """A key that was used once, and never again because it was ended at once, has the time of that use."""
+    created = await tenant.key()
+    await tenant.service.validate(created.token)
+    await getattr(tenant, end)(created.key.id)
+    key = await used(tenant, created.key.id)
+    # Not that of a later flush.
+    assert key.last_used_time.ToDatetime() <= key.update_time.ToDatetime()
+
+
+async def test_single_use_of_keys_that_memory_has_no_room_for(database_url: str) -> None:
+    """Keys that were used once and driven out of memory by others before the flush have the times of their uses."""
+    async with run_service(database_url, usage_flush_seconds=3600.0, cache_keys=1) as service:
+        tenant = await make_tenant(service, "acme")
+        created = [await tenant.key() for _ in range(3)]
+        for each in created:
+            await service.validate(each.token)
+    async with run_service(database_url) as service:
+        keys = [await service.get_key(each.key.id) for each in created]
+    times = [key.last_used_time.ToDatetime() for key in keys]
+    assert all(key.HasField("last_used_time") for key in keys)
+    assert sorted(times) == times
+
+
 async def test_the_last_moments_are_written_at_the_end(database_url: str) -> None:
     """A service that stops writes the uses that it still had in memory."""
     async with run_service(database_url, usage_flush_seconds=3600.0) as service:

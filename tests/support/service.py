@@ -18,6 +18,7 @@ from apikeys.v1 import organization_service_pb2 as organizations_pb
 from apikeys.v1.audit_service_pb2_grpc import AuditServiceStub
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from apikeys.v1.organization_service_pb2_grpc import OrganizationServiceStub
+from apikeys.v1.usage_service_pb2_grpc import UsageServiceStub
 from latchgate import config
 from latchgate.app import Running, serving
 
@@ -77,6 +78,7 @@ class RunningService:
     keys: Any
     organizations: Any
     audit: Any
+    usage: Any
     root: Metadata
 
     async def create_organization(self, organization_id: str = "acme", plan_id: str = "") -> str:
@@ -151,5 +153,6 @@ async def run_service(database_url: str, **overrides: Any) -> AsyncIterator[Runn
                 keys=KeyServiceStub(channel),
                 organizations=OrganizationServiceStub(channel),
                 audit=AuditServiceStub(channel),
+                usage=UsageServiceStub(channel),
                 root=bearer(ROOT_TOKEN),
             )

@@ -25,12 +25,14 @@ from apikeys.v1 import audit_service_pb2 as audit_pb
 from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
+from apikeys.v1 import usage_service_pb2 as usage_pb
 from support.service import Metadata, RunningService
 
 SERVICES: Final = (
     keys_pb.DESCRIPTOR.services_by_name["KeyService"],
     organizations_pb.DESCRIPTOR.services_by_name["OrganizationService"],
     audit_pb.DESCRIPTOR.services_by_name["AuditService"],
+    usage_pb.DESCRIPTOR.services_by_name["UsageService"],
 )
 METHODS: Final[Mapping[str, MethodDescriptor]] = {
     method.name: method for service in SERVICES for method in service.methods
@@ -85,7 +87,12 @@ def call_raw(
 
 async def call(service: RunningService, method: str, request: Message, *, metadata: Metadata | None = None) -> Any:
     """Calls a method by its name; as root unless told otherwise."""
-    stubs = {"KeyService": service.keys, "OrganizationService": service.organizations, "AuditService": service.audit}
+    stubs = {
+        "KeyService": service.keys,
+        "OrganizationService": service.organizations,
+        "AuditService": service.audit,
+        "UsageService": service.usage,
+    }
     stub = stubs[METHODS[method].containing_service.name]
     return await getattr(stub, method)(request, metadata=service.root if metadata is None else metadata)
 
@@ -291,6 +298,10 @@ def good_request(method: str, *, key_id: str, organization_id: str = "acme", tok
         "DeleteScope": lambda: keys_pb.DeleteScopeRequest(organization_id=organization_id, name="orders:gone"),
         "Validate": lambda: keys_pb.ValidateRequest(token=token),
         "BatchValidate": lambda: keys_pb.BatchValidateRequest(requests=[keys_pb.ValidateRequest(token=token)]),
+        "GetUsage": lambda: usage_pb.GetUsageRequest(
+            organization_id=organization_id, key_id=key_id, step=usage_pb.USAGE_STEP_DAY
+        ),
+        "ListUnusedKeys": lambda: usage_pb.ListUnusedKeysRequest(organization_id=organization_id, unused_days=30),
         "CreateOrganization": lambda: organizations_pb.CreateOrganizationRequest(
             organization_id=f"o-{unique}",
             name="an organization",

@@ -101,6 +101,18 @@ async def test_scopes_and_a_key_that_comes_back(terminal: Terminal) -> None:
     assert "orders:read" not in [scope["name"] for scope in left["scopes"]]
 
 
+async def test_usage(terminal: Terminal) -> None:
+    """How a key is used, and which keys are not, is told without any more than the organization or the key."""
+    await terminal.ask("OrganizationService/CreateOrganization", organization_id="acme", name="Acme")
+    created = await terminal.ask("KeyService/CreateKey", organization_id="acme", name="ci")
+    assert "VALID" == await terminal.outcome(created["token"])
+    usage = await terminal.ask("UsageService/GetUsage", key_id=created["key"]["id"], step="USAGE_STEP_DAY")
+    assert 30 == len(usage["buckets"])
+    unused = await terminal.ask("UsageService/ListUnusedKeys", organization_id="acme", unused_days=1)
+    assert ["unused_since_time"] == list(unused)
+    assert "unused_days: must be" in await terminal.fail("UsageService/ListUnusedKeys", organization_id="acme")
+
+
 async def test_mistakes_are_told_clearly(terminal: Terminal) -> None:
     """Each mistake of a newcomer is answered with a reason for programs and a sentence that says what to do."""
     await terminal.ask("OrganizationService/CreateOrganization", organization_id="acme", name="Acme")

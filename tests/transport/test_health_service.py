@@ -26,6 +26,7 @@ NAMES: Final = (
     "apikeys.v1.KeyService",
     "apikeys.v1.AuditService",
     "apikeys.v1.OrganizationService",
+    "apikeys.v1.UsageService",
     "envoy.service.auth.v3.Authorization",
 )
 WATCH: Final = "/grpc.health.v1.Health/Watch"

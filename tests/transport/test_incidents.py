@@ -64,7 +64,7 @@ async def test_fault_is_told_by_its_number(
     assert "UndefinedColumnError" == line["error"]
     own = [place.partition(":")[0] for place in line["where"][:-1]]
     assert "pipeline.py" == own[0]
-    assert own[-1] in {"stores.py", "transaction.py", "audit.py", "suspicion.py"}
+    assert own[-1] in {"reports.py", "stores.py", "transaction.py", "audit.py", "suspicion.py"}
     assert [] == caplog.records
     for told in (repr(refused), json.dumps(lines)):
         assert "update_time" not in told

@@ -107,14 +107,19 @@ class ScriptedLimiter:
 
 
 class MemoryUsage:
-    """Keeps what is recorded."""
+    """Keeps what is recorded: uses, and refusals."""
 
     def __init__(self) -> None:
         self.recorded: list[tuple[int, float]] = []
+        self.refusals: list[tuple[int, Outcome, float]] = []
 
-    def record(self, secret_id: int, used_s: float) -> None:
+    def used(self, record: KeyRecord, now_s: float) -> None:
         """Takes note."""
-        self.recorded.append((secret_id, used_s))
+        self.recorded.append((record.secret_id, now_s))
+
+    def refused(self, record: KeyRecord, outcome: Outcome, now_s: float) -> None:
+        """Takes note."""
+        self.refusals.append((record.secret_id, outcome, now_s))
 
 
 class ScriptedMemory:
@@ -276,6 +281,23 @@ async def test_refused_calls_leave_no_use(outcome: Outcome) -> None:
     assert [] == scene.usage.recorded
 
 
+@pytest.mark.parametrize("outcome", ORDER)
+async def test_refusals_are_counted(outcome: Outcome) -> None:
+    """A refusal is taken note of once, with the outcome that was answered, where it is known whose token it was."""
+    scene = scene_with(outcome)
+    await scene.validate()
+    expected = [] if outcome is Outcome.NOT_FOUND else [(RECORD.secret_id, outcome, NOW_S)]
+    assert expected == scene.usage.refusals
+
+
+async def test_what_is_hidden_from_a_caller_is_not_counted() -> None:
+    """Whoever may not know of a token, and is told that there is none, leaves no trace in its usage."""
+    scene = scene_of()
+    verdict = await scene.validator.validate(TOKEN, only_organization_id="another")
+    assert Outcome.NOT_FOUND is verdict.outcome
+    assert ([], []) == (scene.usage.recorded, scene.usage.refusals)
+
+
 @pytest.mark.parametrize("outcome", [each for each in ORDER if each is not Outcome.RATE_LIMITED])
 async def test_refused_calls_are_not_charged(outcome: Outcome) -> None:
     """What is refused for any other reason never reaches the limiter: it can not use up a key's limit."""
@@ -285,10 +307,11 @@ async def test_refused_calls_are_not_charged(outcome: Outcome) -> None:
 
 
 async def test_use_is_recorded_once() -> None:
-    """A valid call is one use of its secret, at the database's time."""
+    """A valid call is one use of its secret, at the database's time, and no refusal."""
     scene = scene_of()
     await scene.validate()
     assert [(RECORD.secret_id, NOW_S)] == scene.usage.recorded
+    assert [] == scene.usage.refusals
 
 
 async def test_limiter_is_asked_for_the_keys_limit() -> None:
@@ -860,6 +883,7 @@ async def test_what_is_recalled_is_what_would_be_found(outcomes: tuple[Outcome, 
     assert [(known_by(TOKEN), REVISION)] == recalled.memory.asked == found.memory.asked
     assert recalled.limiter.asked == found.limiter.asked
     assert recalled.usage.recorded == found.usage.recorded
+    assert recalled.usage.refusals == found.usage.refusals
     assert [] == recalled.reader.asked
 
 

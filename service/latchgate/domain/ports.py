@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 from uuid import UUID
 
 from latchgate.domain.audit import AuditEntry
@@ -114,10 +114,16 @@ class RateStore(Protocol):
 
 
 class UsageRecorder(Protocol):
-    """Remembers when secrets were last used."""
+    """Remembers when secrets were last used, and counts what was answered about them.
 
-    def record(self, secret_id: int, used_s: float) -> None:
-        """Takes note, without waiting for storage, of a use at a time of the database's clock in seconds since 1970."""
+    Takes note without waiting for storage, at a time of the database's clock in seconds since 1970.
+    """
+
+    def used(self, record: KeyRecord, now_s: float) -> None:
+        """Takes note of an answer of VALID."""
+
+    def refused(self, record: KeyRecord, outcome: Outcome, now_s: float) -> None:
+        """Takes note of any other answer: no use of the secret, but counted."""
 
 
 class AuditTrail(Protocol):
@@ -288,3 +294,45 @@ class OrganizationStore(Protocol):
 
     async def list_plans(self, after: str, count: int) -> Sequence[Plan]:
         """Lists up to `count` plans by id, beyond the id `after`."""
+
+
+StepCounts: TypeAlias = Mapping[int, Mapping[Outcome, int]]
+"""Counts by step, numbered from 0 on, and outcome; only those that are not 0."""
+
+
+class UsageStore(Protocol):
+    """Counts of what was answered, and keys, at rest. Every method raises StorageUnavailableError as KeyStore's do.
+
+    Hours are numbered from 1970 on (UTC).
+    """
+
+    async def now(self) -> datetime:
+        """The database's clock."""
+
+    async def get_key(self, key_id: str) -> Key | None:
+        """Reads a key."""
+
+    async def scopes(self, organization_id: str) -> Sequence[Scope] | None:
+        """Reads an organization's own scopes; None if there is no such organization."""
+
+    async def usage_of_key(self, key_id: str, start_hour: int, end_hour: int, step_hours: int) -> StepCounts:
+        """Counts for a key in the hours from the start up to the end, without it, by steps."""
+
+    async def usage_of_organization(
+        self, organization_id: str, start_hour: int, end_hour: int, step_hours: int
+    ) -> StepCounts:
+        """Counts the same for all keys of an organization."""
+
+    async def reach(self, organization_id: str, after: str, count: int) -> tuple[datetime, str]:
+        """Gives the database's clock, and the id of the `count`th key beyond the id `after` that is not revoked.
+
+        Oldest first; empty if there are not so many.
+        """
+
+    async def unused_keys(
+        self, organization_id: str, after: str, until: str, since: datetime, count: int
+    ) -> Sequence[Key]:
+        """Lists up to `count` keys that are not revoked, oldest first, that were made before `since` and not used then.
+
+        Those beyond the id `after`, and up to the id `until` unless that is empty.
+        """

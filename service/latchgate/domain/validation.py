@@ -151,6 +151,7 @@ class Validator:
         self._limiter = limiter
         self._take = limiter.take
         self._usage = usage
+        self._used = usage.used
         self._foreign = foreign
         self._patience = patience
         self._suspicion = suspicion
@@ -243,6 +244,7 @@ class Validator:
             ailment = _ailment(record, now_s)
             if ailment is Outcome.REVOKED:
                 self._suspicion.suspect(need.client_ip, ailment, record)
+            self._usage.refused(record, ailment, now_s)
             return Verdict(ailment, revision)
         outcome, rate = _VALID, None
         if record.networks and not _is_within(record, need.client_ip):
@@ -257,7 +259,9 @@ class Validator:
             if not rate.allowed:
                 outcome = Outcome.RATE_LIMITED
         if outcome is _VALID:
-            self._usage.record(record.secret_id, now_s)
+            self._used(record, now_s)
+        else:
+            self._usage.refused(record, outcome, now_s)
         return _verdict((outcome, revision, now_s, record, rate))
 
 

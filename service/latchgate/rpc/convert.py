@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -11,7 +11,7 @@ from uuid import UUID
 
 from google.protobuf import duration_pb2, field_mask_pb2, timestamp_pb2
 
-from apikeys.v1 import key_pb2, key_service_pb2, organization_service_pb2
+from apikeys.v1 import key_pb2, key_service_pb2, organization_service_pb2, usage_service_pb2
 from latchgate.domain.errors import InvalidFieldError
 from latchgate.domain.keys import KeyChanges
 from latchgate.domain.model import (
@@ -31,6 +31,7 @@ from latchgate.domain.model import (
     Secret,
 )
 from latchgate.domain.organizations import OrganizationChanges, PlanChanges
+from latchgate.domain.usage import UsageBucket, UsageSpan, UsageStep, total
 
 KEY_FIELDS: Final = ("name", "permissions", "rate_limit_per_minute", "expire_time", "metadata", "allowed_cidrs")
 ORGANIZATION_FIELDS: Final = ("name", "plan_id", "active", "scopes")
@@ -70,6 +71,10 @@ _SOURCE: Final = {
 _FROM_KEY_TYPE: Final = {number: value for value, number in _KEY_TYPE.items()}
 _FROM_ENVIRONMENT: Final = {number: value for value, number in _ENVIRONMENT.items()}
 _FROM_STATE: Final = {number: value for value, number in _STATE.items()}
+_FROM_STEP: Final = {
+    usage_service_pb2.USAGE_STEP_HOUR: UsageStep.HOUR,
+    usage_service_pb2.USAGE_STEP_DAY: UsageStep.DAY,
+}
 
 
 def _timestamp(time: datetime | None) -> timestamp_pb2.Timestamp | None:
@@ -291,6 +296,41 @@ def plan_message(plan: Plan) -> organization_service_pb2.Plan:
         max_keys=plan.max_keys,
         create_time=_timestamp(plan.create_time),
         update_time=_timestamp(plan.update_time),
+    )
+
+
+def usage_span(request: usage_service_pb2.GetUsageRequest) -> UsageSpan:
+    """Reads from when until when to count; by the hour if unspecified."""
+    return UsageSpan(
+        start_time=moment(request.start_time, "start_time") if request.HasField("start_time") else None,
+        end_time=moment(request.end_time, "end_time") if request.HasField("end_time") else None,
+        step=_FROM_STEP.get(request.step, UsageStep.HOUR),
+    )
+
+
+def usage_message(buckets: Sequence[UsageBucket]) -> usage_service_pb2.GetUsageResponse:
+    """Writes what was counted, and the sums of it."""
+    return usage_service_pb2.GetUsageResponse(
+        buckets=[
+            usage_service_pb2.UsageBucket(start_time=_timestamp(bucket.start_time), counts=_counts(bucket.counts))
+            for bucket in buckets
+        ],
+        totals=_counts(total(buckets)),
+    )
+
+
+def _counts(counts: Mapping[Outcome, int]) -> list[usage_service_pb2.OutcomeCount]:
+    """Writes counts in the order of the contract's outcomes."""
+    numbered = sorted((OUTCOME[outcome], count) for outcome, count in counts.items())
+    return [usage_service_pb2.OutcomeCount(outcome=outcome, count=count) for outcome, count in numbered]
+
+
+def unused_message(
+    keys: Sequence[key_pb2.Key], next_page_token: str, unused_since: datetime
+) -> usage_service_pb2.ListUnusedKeysResponse:
+    """Writes a page of unused keys."""
+    return usage_service_pb2.ListUnusedKeysResponse(
+        keys=keys, next_page_token=next_page_token, unused_since_time=_timestamp(unused_since)
     )
 
 

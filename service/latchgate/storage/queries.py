@@ -89,6 +89,52 @@ LIMIT $7
 """
 )
 
+# Those of an organization's keys that count, beyond the id $2, oldest first: a walk along an index of its own, as
+# KEY_LIST is one.
+_UNREVOKED_AFTER = """
+FROM key k
+WHERE k.organization_id <= $1 AND (k.organization_id, k.id) > ($1, $2) AND k.revoke_time IS NULL
+"""
+
+# The database's clock, and how far $3 keys go beyond the id $2: the id of the last of them, or null if there are not so
+# many. Reads an index alone.
+KEY_REACH = (
+    """
+SELECT now(), (
+    SELECT k.id"""
+    + _UNREVOKED_AFTER
+    + """
+    ORDER BY k.organization_id, k.id
+    OFFSET $3::bigint - 1 LIMIT 1
+) AS reach
+"""
+)
+
+# Up to $5 keys, oldest first, beyond the id $2 and up to the id $3, that were made before $4 and not used since. Each
+# key's last use is looked up by itself, and only as many as it takes; what is shown is read for those alone that are
+# given. To be prepared anew for each call.
+KEY_LIST_UNUSED = (
+    """
+WITH unused AS MATERIALIZED (
+    SELECT k.id"""
+    + _UNREVOKED_AFTER
+    + """
+      AND k.id <= $3 AND k.create_time < $4
+      AND coalesce(
+          (SELECT max(u.used_time) FROM secret s JOIN last_used u ON u.secret_id = s.id WHERE s.key_id = k.id) < $4,
+          true
+      )
+    ORDER BY k.organization_id, k.id
+    LIMIT $5
+)
+"""
+    + _KEY
+    + """
+WHERE k.id = ANY (ARRAY(SELECT id FROM unused))
+ORDER BY k.id
+"""
+)
+
 # The newest publishable key of an environment that is active now. Reads no key that is not publishable.
 KEY_GET_PUBLISHABLE = """
 SELECT k.id, s.readable_token

@@ -1,49 +1,193 @@
-"""Last-used times: gathered in memory, written in batches, never one write a call."""
+"""How keys are used: gathered in memory and written in batches, never one write a call."""
 
 from __future__ import annotations
 
-from latchgate.storage import queries
-from latchgate.storage.postgres import Database
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+from uuid import UUID, uuid4
+
+from latchgate.domain.model import KeyRecord, Outcome
+from latchgate.storage import queries, queries_usage
+from latchgate.storage.postgres import Connection, Database
 
 # Few, so that neither this process nor the database is long at one of them.
 FLUSH_ROWS = 500
+# What lies close together is written together; answers wait for the sorting.
+SORTED_ROWS = 10_000
+FORGET_ROWS = 5000
+# For as long is known how far a worker has written that is not heard of any more.
+FLUSHES_KEPT = timedelta(days=7)
+HOUR_S: Final = 3600.0
+
+# How outcomes are stored: for good.
+OUTCOME_NUMBERS: Final = {
+    Outcome.VALID: 1,
+    Outcome.REVOKED: 3,
+    Outcome.INACTIVE: 4,
+    Outcome.EXPIRED: 5,
+    Outcome.ORGANIZATION_INACTIVE: 6,
+    Outcome.PERMISSION_DENIED: 7,
+    Outcome.ADDRESS_DENIED: 8,
+    Outcome.RATE_LIMITED: 9,
+}
+
+
+class _Uses:
+    """What was answered about one secret in one hour: how often VALID, when last, and how often what else."""
+
+    __slots__ = ("organization_id", "refused", "used_s", "valid")
+
+    def __init__(self, organization_id: str) -> None:
+        self.organization_id = organization_id
+        self.valid = 0
+        self.used_s = 0.0
+        self.refused: Counter[Outcome] | None = None
+
+    def counts(self) -> list[tuple[int, int]]:
+        """Gives pairs of an outcome's number and how often it was answered, by the number."""
+        counts = [(OUTCOME_NUMBERS[outcome], count) for outcome, count in (self.refused or {}).items()]
+        if self.valid:
+            counts.append((OUTCOME_NUMBERS[Outcome.VALID], self.valid))
+        return sorted(counts)
+
+
+_Hour = dict[int, _Uses]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What is written in one transaction: all of it or nothing, and never twice."""
+
+    sequence: int
+    hour: int
+    uses: Sequence[tuple[int, _Uses]]
+    """By secret, in their order."""
 
 
 class UsageBuffer:
-    """Implements latchgate.domain.ports.UsageRecorder. A crash loses what came since the last flush."""
+    """Implements latchgate.domain.ports.UsageRecorder. A crash loses what came since the last flush.
+
+    Counts can not be written twice as times can. So what is written is cut into parts with numbers, and a part leaves
+    its number in its transaction. One of which it is not known whether it was written is sent again as it was, before
+    all others, and does nothing if its number is there already.
+    """
 
     def __init__(self, database: Database) -> None:
         """Takes where to write."""
         self._database = database
-        self._used: dict[int, float] = {}
+        self.incarnation: UUID = uuid4()
+        self._sequence = 0
+        # By hour since 1970, of which one is at hand for as long as times lie within it.
+        self._hours: dict[int, _Hour] = {}
+        self._uses: _Hour = {}
+        self._begin_s = self._end_s = 0.0
+        self._unwritten: _Part | None = None
+        self._flushing = asyncio.Lock()
 
     @property
     def pending(self) -> int:
-        """How many secrets have a time that is not written yet."""
-        return len(self._used)
+        """How many secrets have uses that are not written yet; of several hours, or tried before, as often as that."""
+        unwritten = len(self._unwritten.uses) if self._unwritten else 0
+        return unwritten + sum(map(len, tuple(self._hours.values())))
 
-    def record(self, secret_id: int, used_s: float) -> None:
-        """Takes note of a use. Answers overtake each other, times do not go back."""
-        if self._used.get(secret_id, 0.0) < used_s:
-            self._used[secret_id] = used_s
+    def used(self, record: KeyRecord, now_s: float) -> None:
+        """Takes note of an answer of VALID. Answers overtake each other, times do not go back."""
+        if not self._begin_s <= now_s < self._end_s:
+            self._turn(now_s)
+        uses = self._uses.get(record.secret_id)
+        if uses is None:
+            uses = self._uses[record.secret_id] = _Uses(record.organization_id)
+        uses.valid += 1
+        if uses.used_s < now_s:  # noqa: PLR1730 - a call of max takes as long as all the rest
+            uses.used_s = now_s
+
+    def refused(self, record: KeyRecord, outcome: Outcome, now_s: float) -> None:
+        """Takes note of any other answer."""
+        if not self._begin_s <= now_s < self._end_s:
+            self._turn(now_s)
+        uses = self._uses.get(record.secret_id)
+        if uses is None:
+            uses = self._uses[record.secret_id] = _Uses(record.organization_id)
+        if uses.refused is None:
+            uses.refused = Counter()
+        uses.refused[outcome] += 1
+
+    def _turn(self, now_s: float) -> None:
+        """Has the hour at hand in which a time lies."""
+        hour = int(now_s // HOUR_S)
+        self._uses = self._hours.setdefault(hour, {})
+        self._begin_s = hour * HOUR_S
+        self._end_s = self._begin_s + HOUR_S
 
     async def flush(self) -> None:
-        """Writes what has gathered. What may not have been written is kept for the next time: twice does no harm."""
-        used, self._used = self._used, {}
-        batch = sorted(used.items())
-        while batch:
-            part, batch = batch[:FLUSH_ROWS], batch[FLUSH_ROWS:]
-            try:
-                await self._write(part)
-            except BaseException:
-                for secret_id, used_s in (*part, *batch):
-                    self.record(secret_id, used_s)
-                raise
+        """Writes what has gathered. What may not have been written is kept for the next time."""
+        async with self._flushing:
+            await self._write_unwritten()
+            for hour, gathered in tuple(self._hours.items()):
+                # What comes meanwhile for others than are written already goes with this flush.
+                for secret_ids in _batches(list(gathered)):
+                    self._sequence += 1
+                    uses = [(secret_id, gathered.pop(secret_id)) for secret_id in secret_ids]
+                    self._unwritten = _Part(sequence=self._sequence, hour=hour, uses=uses)
+                    await self._write_unwritten()
+                if not gathered and gathered is not self._uses:
+                    del self._hours[hour]
 
-    async def _write(self, part: list[tuple[int, float]]) -> None:
+    async def _write_unwritten(self) -> None:
+        """Writes the part that was taken out, until it is known to be written."""
+        part = self._unwritten
+        if part is None:
+            return
         async with self._database.transaction() as connection:
-            # A crash of the server may lose the last moments' times; waiting for the disk would be the higher price.
+            # A crash of the server may lose the last moments' uses; waiting for the disk would be the higher price.
             await connection.execute("SET LOCAL synchronous_commit = off")
-            await connection.execute(
-                queries.LAST_USED_UPDATE, [secret_id for secret_id, _ in part], [used_s for _, used_s in part]
-            )
+            is_new = await connection.fetchval(queries_usage.USAGE_FLUSH_MARK, self.incarnation, part.sequence)
+            if is_new:
+                await _write(connection, part)
+        self._unwritten = None
+
+
+def _batches(secret_ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Gives ids in batches for a part each, in order; for many ids not in one order all over, which would take long."""
+    for begin in range(0, len(secret_ids), SORTED_ROWS):
+        run = sorted(secret_ids[begin : begin + SORTED_ROWS])
+        for at in range(0, len(run), FLUSH_ROWS):
+            yield run[at : at + FLUSH_ROWS]
+
+
+async def _write(connection: Connection, part: _Part) -> None:
+    """Writes a part: times, counts by secret, counts by organization, in the order in which everyone locks them."""
+    used = [(secret_id, uses.used_s) for secret_id, uses in part.uses if uses.valid]
+    if used:
+        await connection.execute(queries.LAST_USED_UPDATE, *_columns(used))
+    counts = [
+        (secret_id, uses.organization_id, outcome, count)
+        for secret_id, uses in part.uses
+        for outcome, count in uses.counts()
+    ]
+    sums: Counter[tuple[str, int]] = Counter()
+    for _, organization_id, outcome, count in counts:
+        sums[organization_id, outcome] += count
+    by_secret = [(secret_id, outcome, count) for secret_id, _, outcome, count in counts]
+    by_organization = [(organization_id, outcome, count) for (organization_id, outcome), count in sorted(sums.items())]
+    await connection.execute(queries_usage.USAGE_SECRET_ADD, part.hour, *_columns(by_secret))
+    await connection.execute(queries_usage.USAGE_ORGANIZATION_ADD, part.hour, *_columns(by_organization))
+
+
+def _columns(rows: Sequence[tuple[object, ...]]) -> list[list[object]]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+async def forget_usage(database: Database, kept: timedelta) -> None:
+    """Removes counts of hours that are longer ago than `kept`, and what is known of workers that are long gone."""
+    async with database.connection() as connection:
+        for statement in (queries_usage.USAGE_SECRET_FORGET, queries_usage.USAGE_ORGANIZATION_FORGET):
+            more = True
+            while more:
+                status: str = await connection.execute(statement, kept, FORGET_ROWS)
+                more = int(status.rsplit(maxsplit=1)[-1]) == FORGET_ROWS
+        await connection.execute(queries_usage.USAGE_FLUSH_FORGET, FLUSHES_KEPT)
