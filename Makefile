@@ -126,6 +126,10 @@ bench-limits: $(STAMP) ## Measure what shared rate limits take, and how well the
 bench-memory: $(STAMP) ## Measure what a key takes in a worker's memory; writes docs/memory.md
 	@$(BIN)/python tests/bench/memory.py
 
+.PHONY: bench-usage
+bench-usage: $(STAMP) ## Measure what it takes to count how keys are used, and to tell it; writes docs/usage-performance.md
+	@$(BIN)/python tests/bench/usage.py
+
 .PHONY: soak
 soak: $(STAMP) ## Load two workers for an hour, and see whether anything grows; writes docs/soak.md
 	@$(BIN)/python tests/bench/soak.py $(ARGS)
