@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -34,6 +33,7 @@ from latchgate.domain.trail import AuditReader
 from latchgate.domain.usage import UsageReporter
 from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
 from latchgate.draining import drain
+from latchgate.housekeeping import keep_house
 from latchgate.limiting import SharedLimiter
 from latchgate.listening import PortError, Role, serve_metrics
 from latchgate.observability import Metrics
@@ -62,22 +62,21 @@ from latchgate.rpc.server import (
 )
 from latchgate.rpc.tls import CertificateError, ReloadingCredentials, TlsFiles
 from latchgate.rpc.usage_service import UsageService
-from latchgate.storage.audit import PostgresTrail, keep_trail
+from latchgate.storage.audit import PostgresTrail
 from latchgate.storage.bootstrap import RootKey, ensure_root_key, load_tag_key
-from latchgate.storage.coherence import Membership, forget_changes
+from latchgate.storage.coherence import Membership
 from latchgate.storage.effects import EffectPoller
 from latchgate.storage.link import Link
 from latchgate.storage.lookups import BatchingKeyReader, find_many, lookup_link
 from latchgate.storage.migrate import migrate_for
 from latchgate.storage.postgres import Database
 from latchgate.storage.probe import DatabaseProbe
-from latchgate.storage.purge import purge_keys
-from latchgate.storage.ratelimit import PostgresRateStore, forget_windows, rate_link
+from latchgate.storage.ratelimit import PostgresRateStore, rate_link
 from latchgate.storage.reports import PostgresUsageStore
-from latchgate.storage.requests import RequestSealer, forget_requests
+from latchgate.storage.requests import RequestSealer
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.suspicion import SuspicionStore
-from latchgate.storage.usage import UsageBuffer, forget_usage
+from latchgate.storage.usage import UsageBuffer
 from latchgate.watch import DatabaseWatch, Figures
 from latchgate.web.auth import AuthEndpoint
 from latchgate.web.server import HttpListenError, HttpServer
@@ -89,8 +88,6 @@ LOOKUP_SPACING_S: Final = 0.004
 LINK_TIMEOUT_S: Final = 0.5
 PROBE_INTERVAL_S: Final = 1.0
 PROBE_TIMEOUT_S: Final = 1.0
-FORGET_INTERVAL_S: Final = 30.0
-AUDIT_INTERVAL_S: Final = 3600.0
 START_RETRY_S: Final = 1.0
 START_REMIND_S: Final = 30.0
 
@@ -324,16 +321,7 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
     background.repeat("database watch", PROBE_INTERVAL_S, watch.look)
     background.repeat("writing of usage", settings.usage_flush_seconds, parts.usage.flush)
     background.repeat("writing of suspicious use", settings.usage_flush_seconds, suspicion.flush)
-    background.repeat("clearing of suspicious use", FORGET_INTERVAL_S, suspicion.forget)
-    background.repeat("clearing of request_ids", FORGET_INTERVAL_S, lambda: forget_requests(database))
-    background.repeat("clearing of the change log", FORGET_INTERVAL_S, lambda: forget_changes(database))
-    background.repeat("clearing of rate limits", FORGET_INTERVAL_S, lambda: forget_windows(database))
-    trail, retention = PostgresTrail(database), timedelta(days=settings.audit_retention_days)
-    background.repeat("keeping of the audit trail", AUDIT_INTERVAL_S, lambda: keep_trail(trail, retention))
-    kept = timedelta(days=settings.usage_retention_days)
-    background.repeat("clearing of usage", FORGET_INTERVAL_S, lambda: forget_usage(database, kept))
-    background.repeat("clearing of silent workers", FORGET_INTERVAL_S, effects.sweep)
-    background.repeat("removing of deleted keys", FORGET_INTERVAL_S, lambda: purge_keys(database))
+    keep_house(background, settings, database, effects, suspicion)
     # Calls are answered by now: of many keys this may take a second.
     missing_scopes = await _missing_scopes(PostgresStore(database), parts.scopes)
     return Ready(root=root, schema_before=before, schema=schema, missing_scopes=missing_scopes)

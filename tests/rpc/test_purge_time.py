@@ -18,7 +18,7 @@ async def test_removed_by_the_service_itself(database_url: str, monkeypatch: pyt
     """A running service removes deleted keys when their purge_time has come: they are as if they had never been. Those
     whose time has not come can still be brought back.
     """
-    monkeypatch.setattr("latchgate.app.FORGET_INTERVAL_S", 0.05)
+    monkeypatch.setattr("latchgate.housekeeping.FORGET_INTERVAL_S", 0.05)
     async with run_service(database_url) as service:
         tenant = await make_tenant(service, "acme")
         old, young = await tenant.key(), await tenant.key()
