@@ -58,7 +58,9 @@ def _flat(rules: Any, path: str = "") -> Iterator[str]:
     for rule, value in rules.ListFields():
         name = f"{path}{rule.name}"
         if rule.name == "ignore":
-            yield "or empty"
+            # Within a list it is said of the items, which are then checked by hand.
+            if not path:
+                yield "or empty"
         elif value is True:
             yield name
         elif rule.message_type is None:
@@ -128,7 +130,8 @@ class _Reference:
         for method in service.method:
             rule: http_pb2.HttpRule = method.options.Extensions[annotations_pb2.http]
             bindings = [rule, *rule.additional_bindings] if rule.WhichOneof("pattern") else []
-            parts += [f"### {method.name}", *map(_http, bindings), self._text(f"{service.name}.{method.name}")]
+            kind = ["A stream of requests, answered by a stream of responses."] if method.client_streaming else []
+            parts += [f"### {method.name}", *map(_http, bindings), *kind, self._text(f"{service.name}.{method.name}")]
             parts += [self._message(_local(name), "####") for name in (method.input_type, method.output_type)]
         return "\n\n".join(parts)
 

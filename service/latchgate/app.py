@@ -23,6 +23,7 @@ from latchgate.domain.cache import KeyCache
 from latchgate.domain.catalogue import ScopeManager, missing
 from latchgate.domain.coherence import Coherence, LeaseTerms
 from latchgate.domain.errors import UnavailableError
+from latchgate.domain.importing import KeyImporter
 from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import Scope
 from latchgate.domain.organizations import OrganizationManager
@@ -43,6 +44,7 @@ from latchgate.rpc.audit_service import AuditService
 from latchgate.rpc.check_request import CheckReader
 from latchgate.rpc.check_response import CheckWriter
 from latchgate.rpc.ext_authz import CheckRecall, ExtAuthz
+from latchgate.rpc.import_service import ImportService
 from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
 from latchgate.rpc.pages import PageTokens
@@ -52,6 +54,7 @@ from latchgate.rpc.server import (
     AUDIT_SERVICE,
     CHECK,
     EXT_AUTHZ_SERVICE,
+    IMPORT_SERVICE,
     KEY_SERVICE,
     ORGANIZATION_SERVICE,
     USAGE_SERVICE,
@@ -358,6 +361,7 @@ def _backend(
         deployment_scopes=parts.scopes,
     )
     organizations = OrganizationManager(store=store, effects=effects, make_id=make_id, deployment_scopes=parts.scopes)
+    importer = KeyImporter(store=store, tokens=tokens, effects=effects, make_id=make_id, deployment_scopes=parts.scopes)
     services = {
         KEY_SERVICE.full_name: KeyService(
             keys=keys,
@@ -367,6 +371,7 @@ def _backend(
             outcomes=metrics,
             answers=answers,
         ),
+        IMPORT_SERVICE.full_name: ImportService(importer=importer),
         ORGANIZATION_SERVICE.full_name: OrganizationService(organizations=organizations, pages=pages),
         AUDIT_SERVICE.full_name: AuditService(trail=AuditReader(PostgresTrail(parts.database), suspicion), pages=pages),
         USAGE_SERVICE.full_name: UsageService(

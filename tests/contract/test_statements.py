@@ -12,6 +12,7 @@ from typing import Any, Union, cast
 
 import asyncpg
 
+from latchgate.domain.imported import KnownToken
 from latchgate.domain.model import Key, KeyRecord, Organization, Plan, Scope
 from latchgate.domain.token import digest
 from latchgate.storage import queries, queries_usage, rows
@@ -39,6 +40,10 @@ AUDIT_COLUMNS = {
     "peer", "method", "request_id", "entity", "entity_id", "before_change", "after_change", "revision", "code",
     "reason", "hash",
 }  # fmt: skip
+KNOWN_COLUMNS = {
+    "digest", "hint", "key_id", "organization_id", "name", "key_type", "environment", "permissions",
+    "rate_limit_per_minute", "active", "user_id", "user_email", "metadata", "allowed_cidrs", "expire_time", "is_ended",
+}  # fmt: skip
 LOG_COLUMNS = {"head", "timeline", "now_s", "is_member", "entity", "entity_id"}
 
 # What each constant takes and gives, as PostgreSQL understands it.
@@ -58,6 +63,8 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "KEY_LIST_PERMISSIONS": ("text text[]", {"permission"}),
     "KEY_LIST_HOLDING": ("text text[] int8", {"id", "key_count"}),
     "KEY_COUNT_PERMISSIONS": ("text[]", {"permission", "own_scopes", "key_count"}),
+    "KEY_IMPORT": ("text text jsonb", {"id"}),
+    "SECRET_FIND_KEYS": ("bytea[]", KNOWN_COLUMNS),
     "SECRET_INSERT": ("bytea text text text", set()),
     "SECRET_END": ("text interval", set()),
     "SECRET_LOCK_IN_USE": ("int8", {"?column?"}),
@@ -89,6 +96,7 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "PLAN_INSERT": ("text int4 int4", PLAN_COLUMNS),
     "PLAN_UPDATE": ("text int4 int4", PLAN_COLUMNS),
     "CHANGE_LOCK_TAKE": ("int8", {"pg_advisory_xact_lock"}),
+    "CHANGE_NEWEST": ("", {"revision"}),
     "CHANGE_INSERT": ("text text", {"revision", "pg_notify"}),
     "CHANGE_FORGET": ("interval int8", set()),
     "LOG_READ": ("uuid int8 int8", LOG_COLUMNS),
@@ -195,6 +203,12 @@ async def test_columns_are_those_that_are_read(database: Database, store: Postgr
             reader=partial(rows.key_record, show=show),
             result=KeyRecord,
             beside=frozenset({"now_s", "revision", "digest"}),
+        ),
+        Reading(
+            statement=queries.SECRET_FIND_KEYS,
+            values=([digest(token)],),
+            reader=rows.known_token,
+            result=KnownToken,
         ),
         Reading(statement=queries.ORGANIZATION_GET, values=("acme",), reader=rows.organization, result=Organization),
         Reading(statement=queries.ORGANIZATION_LIST, values=("", 1), reader=rows.organization, result=Organization),

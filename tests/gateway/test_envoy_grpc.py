@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.message import Message
 
+from apikeys.v1 import import_service_pb2 as imports_pb
 from apikeys.v1 import key_service_pb2 as keys_pb
+from apikeys.v1.import_service_pb2_grpc import ImportServiceStub
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from support.edge import Edge
 from support.envoy import needs_envoy
+from support.imports import foreign_token, outcomes, row
 from support.keys import NOBODYS_KEY, Tenant
 from support.service import bearer, refusal
 from support.transport import DEADLINE_S, GRPCURL, call_path
@@ -53,6 +57,26 @@ async def test_grpcurl(edge: Edge, acme: Tenant) -> None:
     async with asyncio.timeout(DEADLINE_S):
         out, _ = await process.communicate()
     assert "OUTCOME_VALID" == json.loads(out)["outcome"]
+
+
+async def test_import(edge: Edge, acme: Tenant) -> None:
+    """A stream of requests goes through Envoy as it is: each is answered before the next is sent."""
+    requests: asyncio.Queue[imports_pb.ImportKeysRequest | None] = asyncio.Queue()
+
+    async def each() -> AsyncIterator[imports_pb.ImportKeysRequest]:
+        while (request := await requests.get()) is not None:
+            yield request
+
+    async with edge.channel() as channel:
+        stub: Any = ImportServiceStub(channel)
+        responses = aiter(stub.ImportKeys(each(), metadata=acme.admin, timeout=DEADLINE_S))
+        for _ in range(3):
+            token = foreign_token()
+            requests.put_nowait(imports_pb.ImportKeysRequest(keys=[row(1, token)]))
+            assert ["CREATED"] == outcomes(await anext(responses))
+            assert "VALID" == await acme.service.outcome(token)
+        requests.put_nowait(None)
+        assert [] == [response async for response in responses]
 
 
 async def test_grpc_to_the_upstream(edge: Edge) -> None:

@@ -19,6 +19,7 @@ from apikeys.v1 import organization_service_pb2 as organizations_pb
 from latchgate.domain.coherence import LeaseTerms
 from latchgate.storage import queries
 from support.databases import insert_worker, until, workers
+from support.imports import foreign_token, import_rows, new_rows, row
 from support.keys import (
     Tenant,
     cloned_database,
@@ -367,3 +368,39 @@ async def revoke(pair: Pair, key_id: str, patience_s: float) -> keys_pb.RevokeKe
         keys_pb.RevokeKeyRequest(key_id=key_id), metadata=pair.tenant.admin, timeout=patience_s
     )
     return answer
+
+
+async def test_imported_token_that_a_lookup_just_missed(pair: Pair) -> None:
+    """A foreign token that both services know to be none, in memory, is VALID at both when its import has returned as
+    EFFECTIVE: each request of an import makes all workers forget what they found to be none.
+    """
+    tokens = [foreign_token() for _ in range(5)]
+    for token in tokens:
+        for service in pair.both:
+
+            async def is_known_to_be_none(service: RunningService = service, token: str = token) -> bool:
+                before = hits(service)
+                assert "NOT_FOUND" == await service.outcome(token)
+                return hits(service) > before
+
+            await until(is_known_to_be_none)
+    service, caller = pair.tenant.service, pair.tenant.admin
+    for token in tokens:
+        response = await import_rows(service, "", [row(1, token), *new_rows(3)], caller)
+        assert is_effective(response.effect)
+        assert ["VALID"] * 2 == await pair.outcomes(token)
+
+
+async def test_import_waits_again(pair: Pair) -> None:
+    """While a worker does not tell that it has applied an import the response is PENDING, and so is that to the same
+    rows again: who has lost the first response is not told that all know of it.
+    """
+    rows = new_rows(2)
+    service, caller = pair.tenant.service, pair.tenant.admin
+    async with database_of(service) as connection:
+        worker = await insert_worker(connection, lease_s=30)
+        pending = [await import_rows(service, "", rows, caller, 1.0) for _ in range(2)]
+        assert [key_pb2.EFFECT_STATE_PENDING] * 2 == [response.effect.state for response in pending]
+        assert pending[0].effect.revision <= pending[1].effect.revision
+        await connection.execute(queries.WORKER_ACKNOWLEDGE, worker, pending[1].effect.revision)
+        assert is_effective((await import_rows(service, "", rows, caller, 10.0)).effect)

@@ -112,6 +112,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED. The organization has as many scopes of its own as it can have. Metadata `max_scopes`."""
     ERROR_REASON_UNDELETE_EXPIRED: _ErrorReason.ValueType  # 54
     """FAILED_PRECONDITION. The key was deleted more than 30 days ago and can not be brought back any more."""
+    ERROR_REASON_IMPORT_TOO_LONG: _ErrorReason.ValueType  # 55
+    """INVALID_ARGUMENT. An ImportKeys call has sent more than 1,000,000 rows. Those that were answered are stored; send the
+    rest in another call.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of the google.rpc.ErrorInfo (domain `latchgate`) that every error carries. What is sent is the name without
@@ -209,4 +213,8 @@ ERROR_REASON_SCOPE_LIMIT_REACHED: ErrorReason.ValueType  # 53
 """RESOURCE_EXHAUSTED. The organization has as many scopes of its own as it can have. Metadata `max_scopes`."""
 ERROR_REASON_UNDELETE_EXPIRED: ErrorReason.ValueType  # 54
 """FAILED_PRECONDITION. The key was deleted more than 30 days ago and can not be brought back any more."""
+ERROR_REASON_IMPORT_TOO_LONG: ErrorReason.ValueType  # 55
+"""INVALID_ARGUMENT. An ImportKeys call has sent more than 1,000,000 rows. Those that were answered are stored; send the
+rest in another call.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -39,6 +39,10 @@ class PageTokenError(InvalidArgumentError):
     """The page token was not made for this caller, organization and filters."""
 
 
+class ImportTooLongError(InvalidArgumentError):
+    """More rows were sent in one import than one may hold."""
+
+
 class ScopeUnknownError(InvalidArgumentError):
     """A permission matches nothing in the catalogue."""
 

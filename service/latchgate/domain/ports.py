@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 from uuid import UUID
 
 from latchgate.domain.audit import AuditEntry
+from latchgate.domain.imported import ImportRow, KnownToken
 from latchgate.domain.model import (
     Caller,
     Effect,
@@ -197,6 +198,20 @@ class Transaction(Protocol):
 
     async def insert_key(self, key: NewKey, secret: NewSecret) -> Key:
         """Stores a key with its first secret, and counts it."""
+
+    async def import_keys(
+        self, organization_id: str, created_by: str, keys: Mapping[str, ImportRow]
+    ) -> Collection[str]:
+        """Stores rows by the ids of their keys, and counts them; gives the ids of those whose digests were new.
+
+        Only with the organization locked. No digest may come twice.
+        """
+
+    async def find_tokens(self, digests: Sequence[bytes]) -> Sequence[KnownToken]:
+        """Reads whose the digests are that were ever stored, whatever became of them."""
+
+    async def newest_revision(self) -> int:
+        """Reads the revision of the newest change that is committed; 0 if there was none."""
 
     async def save_key(self, key: Key, revision: int) -> Key:
         """Stores a key that was locked with its changed fields; it counts as long as it is not revoked."""

@@ -95,6 +95,10 @@ class TokenFormat:
                 return Form.IMPOSSIBLE
         return Form.FOREIGN if _PRINTABLE.issuperset(token) else Form.IMPOSSIBLE
 
+    def begins_like_own(self, text: str) -> bool:
+        """Says whether a text begins with a prefix of the tokens that are minted here."""
+        return text.startswith(tuple(self._own_prefixes))
+
     def _tag(self, head: str) -> str:
         inner, outer = self._inner.copy(), self._outer.copy()
         inner.update(head.encode())

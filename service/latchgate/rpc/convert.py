@@ -11,7 +11,13 @@ from uuid import UUID
 
 from google.protobuf import duration_pb2, field_mask_pb2, timestamp_pb2
 
-from apikeys.v1 import key_pb2, key_service_pb2, organization_service_pb2, usage_service_pb2
+from apikeys.v1 import (
+    import_service_pb2,
+    key_pb2,
+    key_service_pb2,
+    organization_service_pb2,
+    usage_service_pb2,
+)
 from latchgate.domain.errors import InvalidFieldError
 from latchgate.domain.keys import KeyChanges
 from latchgate.domain.model import (
@@ -118,11 +124,12 @@ def environment(number: key_pb2.Environment.ValueType) -> Environment:
     return _FROM_ENVIRONMENT.get(number, Environment.LIVE)
 
 
-def key_draft(request: key_service_pb2.CreateKeyRequest) -> KeyDraft:
-    """Reads the key that a caller asks for."""
+def key_draft(request: key_service_pb2.CreateKeyRequest | import_service_pb2.ImportedKey) -> KeyDraft:
+    """Reads the key that a caller asks for. One that is imported is secret."""
+    key_type = request.key_type if isinstance(request, key_service_pb2.CreateKeyRequest) else key_pb2.KEY_TYPE_SECRET
     return KeyDraft(
         name=request.name,
-        key_type=_FROM_KEY_TYPE.get(request.key_type, KeyType.SECRET),
+        key_type=_FROM_KEY_TYPE.get(key_type, KeyType.SECRET),
         environment=environment(request.environment),
         permissions=tuple(request.permissions),
         rate_limit_per_minute=request.rate_limit_per_minute,

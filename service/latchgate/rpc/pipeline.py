@@ -10,8 +10,8 @@ import asyncio
 import math
 import secrets
 import traceback
-from collections.abc import Awaitable, Callable, Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn
@@ -41,8 +41,11 @@ from latchgate.rpc.status import code_and_reason, internal_status, is_listed, st
 
 Context = grpc.aio.ServicerContext[Any, Any]
 ManagementHandler = Callable[[Any, Any, Caller], Awaitable[Message]]
+StreamHandler = Callable[[Any], Callable[[Any, Caller], Awaitable[Message]]]
+"""Begins a call of a service, and gives what answers its requests, one after the other."""
 ValidationHandler = Callable[[Any, Any, Caller | None], Awaitable[Message | bytes]]
 Behaviour = Callable[[bytes, Context], Awaitable[Message | bytes]]
+StreamBehaviour = Callable[[AsyncIterator[bytes], Context], Awaitable[None]]
 FromMemory = Callable[[bytes], bytes | None]
 """Gives the answer to a request, both in bytes, from memory; None, or an error, if that takes more."""
 Refuse = Callable[[status_pb2.Status, bytes, Context], bytes | None]
@@ -158,6 +161,59 @@ class Pipeline:
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller is told of the first one
             self._observer.unrecorded()
             _log.warning("refusal_not_recorded", request_id=caller.call.request_id, error=type(error).__name__)
+
+    def _check_going_on(self, gate: asyncio.Event | None) -> None:
+        """Demands that no stop has begun since the gate was this one. Raises StorageUnavailableError."""
+        if self._gate is not gate:
+            raise StorageUnavailableError("the service stops; send what was not answered in another call")
+
+    def streaming(self, method: MethodDescriptor, handler: StreamHandler) -> StreamBehaviour:
+        """Wraps a handler whose callers send requests one after the other, and are sent a response to each.
+
+        A request is not read before the one ahead of it is answered, so that there is never more than one at hand. Each
+        is for its caller what a call of its own would be: who has lost a permission meanwhile, or its key, is refused
+        at the next one. Only the first counts in the caller's rate limit. A server that stops takes no further ones.
+        """
+        name, service, request_type = _described(method)
+
+        async def behave(requests: AsyncIterator[bytes], context: Context) -> None:
+            call = _Call(name, context, perf_counter())
+            request = None
+            try:
+                backend = await self._admitted()
+                came = call_of(name, context)
+                call.caller = await _identify(backend, context, came)
+                answer, gate = handler(backend.services[service]), self._gate
+                async for raw in requests:
+                    self._check_going_on(gate)
+                    call.count_request()
+                    # Each leaves a trace of its own, under the one id of the call.
+                    call.caller = await _identify(backend, context, replace(came, is_recorded=False), cost=0)
+                    request = parse(request_type, raw)
+                    check_rules(request)
+                    response = await answer(request, call.caller)
+                    if not call.caller.call.is_recorded:
+                        await backend.trail.record_audit(call.caller, entry_of(call.caller, request, response))
+                    await context.write(response)
+                # The requests of a call that was given up end like those of one that is complete; the difference is
+                # told a moment later.
+                await asyncio.sleep(0)
+                if request is None:
+                    await backend.trail.record_audit(call.caller, entry_of(call.caller, None))
+            except BaseException as error:
+                status = call.refuse(error)
+                if status is None:
+                    raise
+                if call.caller is not None:
+                    await self._record_refusal(backend.trail, call, request)
+            else:
+                return
+            finally:
+                call.log()
+                self._observer.finished(name, call.code.name, call.seconds())
+            await _abort(context, status)
+
+        return behave
 
     def validation(
         self, method: MethodDescriptor, handler: ValidationHandler, refuse: Refuse | None = None
@@ -280,9 +336,15 @@ class _Call:
         self.caller: Caller | None = None
         self.reason = ""
         self.code = grpc.StatusCode.OK
+        self._requests = 0
 
     def seconds(self) -> float:
         return perf_counter() - self._start_s
+
+    def count_request(self) -> None:
+        """Counts the requests of a stream."""
+        self._requests += 1
+        self._facts["requests"] = self._requests
 
     def refuse(self, error: BaseException) -> status_pb2.Status | None:
         """Gives the status that an error ends the call with; None for a call that is ended from outside."""

@@ -15,11 +15,18 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from apikeys.v1 import audit_service_pb2, key_service_pb2, organization_service_pb2, usage_service_pb2
+from apikeys.v1 import (
+    audit_service_pb2,
+    import_service_pb2,
+    key_service_pb2,
+    organization_service_pb2,
+    usage_service_pb2,
+)
 from latchgate.rpc import ext_authz
 from latchgate.rpc.audit_service import AuditService
 from latchgate.rpc.ext_authz import ExtAuthz
 from latchgate.rpc.health import Health
+from latchgate.rpc.import_service import ImportService
 from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
 from latchgate.rpc.pipeline import Pipeline
@@ -29,8 +36,16 @@ KEY_SERVICE: Final = key_service_pb2.DESCRIPTOR.services_by_name["KeyService"]
 ORGANIZATION_SERVICE: Final = organization_service_pb2.DESCRIPTOR.services_by_name["OrganizationService"]
 AUDIT_SERVICE: Final = audit_service_pb2.DESCRIPTOR.services_by_name["AuditService"]
 USAGE_SERVICE: Final = usage_service_pb2.DESCRIPTOR.services_by_name["UsageService"]
+IMPORT_SERVICE: Final = import_service_pb2.DESCRIPTOR.services_by_name["ImportService"]
 EXT_AUTHZ_SERVICE: Final[ServiceDescriptor] = external_auth_pb2.DESCRIPTOR.services_by_name["Authorization"]
-SERVICES: Final = (KEY_SERVICE, ORGANIZATION_SERVICE, AUDIT_SERVICE, USAGE_SERVICE, EXT_AUTHZ_SERVICE)
+SERVICES: Final = (
+    KEY_SERVICE,
+    ORGANIZATION_SERVICE,
+    AUDIT_SERVICE,
+    USAGE_SERVICE,
+    IMPORT_SERVICE,
+    EXT_AUTHZ_SERVICE,
+)
 
 VALIDATE: Final = KEY_SERVICE.methods_by_name["Validate"]
 CHECK: Final = EXT_AUTHZ_SERVICE.methods_by_name["Check"]
@@ -132,6 +147,7 @@ def make_server(*, pipeline: Pipeline, shares_port: bool = False) -> RpcServer:
             _bind(ORGANIZATION_SERVICE, OrganizationService, pipeline),
             _bind(AUDIT_SERVICE, AuditService, pipeline),
             _bind(USAGE_SERVICE, UsageService, pipeline),
+            _bind(IMPORT_SERVICE, ImportService, pipeline),
             _bind(EXT_AUTHZ_SERVICE, ExtAuthz, pipeline),
         )
     )
@@ -145,13 +161,20 @@ def make_server(*, pipeline: Pipeline, shares_port: bool = False) -> RpcServer:
 
 def _bind(
     service: ServiceDescriptor,
-    implementation: type[KeyService | OrganizationService | AuditService | UsageService | ExtAuthz],
+    implementation: type[object],
     pipeline: Pipeline,
 ) -> grpc.GenericRpcHandler:
     """Binds every method of a service; one that is not implemented fails here, at the start."""
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in service.methods:
         handler = getattr(implementation, re.sub(r"(?<=[a-z])(?=[A-Z])", "_", method.name).lower())
+        if method.client_streaming:
+            handlers[method.name] = grpc.stream_stream_rpc_method_handler(
+                pipeline.streaming(method, handler),
+                request_deserializer=None,
+                response_serializer=GetMessageClass(method.output_type).SerializeToString,
+            )
+            continue
         if method in _HOT_METHODS:
             behave = pipeline.validation(method, handler, _REFUSALS.get(method))
         else:

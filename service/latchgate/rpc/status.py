@@ -35,6 +35,7 @@ _TABLE: Final[dict[type[errors.LatchgateError], tuple[grpc.StatusCode, error_rea
     errors.InvalidFieldError: (grpc.StatusCode.INVALID_ARGUMENT, _Reason.ERROR_REASON_INVALID_FIELD),
     errors.PageTokenError: (grpc.StatusCode.INVALID_ARGUMENT, _Reason.ERROR_REASON_PAGE_TOKEN_INVALID),
     errors.ScopeUnknownError: (grpc.StatusCode.INVALID_ARGUMENT, _Reason.ERROR_REASON_SCOPE_UNKNOWN),
+    errors.ImportTooLongError: (grpc.StatusCode.INVALID_ARGUMENT, _Reason.ERROR_REASON_IMPORT_TOO_LONG),
     errors.CredentialsMissingError: (grpc.StatusCode.UNAUTHENTICATED, _Reason.ERROR_REASON_CREDENTIALS_MISSING),
     errors.CredentialsInvalidError: (grpc.StatusCode.UNAUTHENTICATED, _Reason.ERROR_REASON_CREDENTIALS_INVALID),
     errors.OrganizationInactiveError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_ORGANIZATION_INACTIVE),

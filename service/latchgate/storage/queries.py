@@ -244,6 +244,46 @@ WHERE key_id = $1 AND (end_time IS NULL OR end_time > now())
 # Whether a digest was ever stored, whatever became of it.
 SECRET_EXISTS = "SELECT EXISTS (SELECT 1 FROM secret WHERE digest = $1)"
 
+# The keys of the rows $3 whose digests are new, with their secrets and the places for their last use; the organization
+# $1 is counted up with them. What is not new is passed over, also if another transaction stores it at this moment,
+# which is waited for: digests are taken in their order, so that no two wait for each other. Gives the ids of what is
+# stored.
+KEY_IMPORT = """
+WITH given AS MATERIALIZED (
+    SELECT given.*, decode(given.digest, 'hex') AS digest_bytes
+    FROM jsonb_to_recordset($3) AS given (
+        id text, digest text, hint text, name text, key_type text, environment text, permissions text[],
+        rate_limit_per_minute int4, active bool, user_id text, user_email text, metadata jsonb, allowed_cidrs text[],
+        expire_time timestamptz
+    )
+), stored AS (
+    INSERT INTO secret (digest, key_id, hint)
+    SELECT digest_bytes, id, hint FROM given ORDER BY digest_bytes
+    ON CONFLICT (digest) DO NOTHING
+    RETURNING id, key_id
+), placed AS (
+    INSERT INTO last_used (secret_id) SELECT id FROM stored
+), counted AS (
+    UPDATE organization SET key_count = key_count + (SELECT count(*) FROM stored) WHERE id = $1
+)
+INSERT INTO key (id, organization_id, name, key_type, environment, permissions, rate_limit_per_minute, active, user_id,
+                 user_email, metadata, allowed_cidrs, created_by, expire_time)
+SELECT given.id, $1, given.name, given.key_type, given.environment, given.permissions, given.rate_limit_per_minute,
+       given.active, given.user_id, given.user_email, given.metadata, given.allowed_cidrs, $2, given.expire_time
+FROM given JOIN stored ON stored.key_id = given.id
+RETURNING id
+"""
+
+# Whose each of many digests is that was ever stored, and what of its key an import says. A digest whose secret has an
+# end was replaced by a rotation.
+SECRET_FIND_KEYS = """
+SELECT s.digest, s.hint, k.id AS key_id, k.organization_id, k.name, k.key_type, k.environment, k.permissions,
+       k.rate_limit_per_minute, k.active, k.user_id, k.user_email, k.metadata, k.allowed_cidrs, k.expire_time,
+       k.revoke_time IS NOT NULL OR s.end_time IS NOT NULL AS is_ended
+FROM secret s JOIN key k ON k.id = s.key_id
+WHERE s.digest = ANY ($1::bytea[])
+"""
+
 # A secret that is good now, kept so until the end of the transaction. Taken after the locks of what its holder acts on:
 # who ends the secret takes no lock that is taken before this one. By the clock and not by the transaction's begin, when
 # the secret may still have been good.
@@ -461,6 +501,9 @@ WITH logged AS (
 )
 SELECT revision, pg_notify('latchgate_change', revision::text) FROM logged
 """
+
+# The newest change. Whatever the transaction has read before is no newer.
+CHANGE_NEWEST = "SELECT coalesce(max(revision), 0) AS revision FROM change_log"
 
 # What one reading of the log shows, at one instant: the newest revision, the history that the server is on (it changes
 # when a standby takes over), and up to $3 changes beyond $2. Always at least one row. {member} says whether the worker

@@ -12,10 +12,12 @@ from sys import intern
 import asyncpg
 
 from latchgate.domain.audit import AuditEvent, ChainedEvent
+from latchgate.domain.imported import ImportRow, KnownToken
 from latchgate.domain.model import (
     Environment,
     HeldPermission,
     Key,
+    KeyDraft,
     KeyIdentity,
     KeyRecord,
     KeyType,
@@ -110,6 +112,51 @@ def key_record(row: Row, show: Show) -> KeyRecord:
                 end_s=min(expire_s, secret_end_s),
                 metadata=json.loads(row["metadata"]) if row["metadata"] != "{}" else {},
             )
+        ),
+    )
+
+
+def imported_json(key_id: str, row: ImportRow) -> dict[str, object]:
+    """Writes an imported key as KEY_IMPORT reads it."""
+    draft = row.draft
+    return {
+        "id": key_id,
+        "digest": row.digest.hex(),
+        "hint": row.hint,
+        "name": draft.name,
+        "key_type": draft.key_type.value,
+        "environment": draft.environment.value,
+        "permissions": draft.permissions,
+        "rate_limit_per_minute": draft.rate_limit_per_minute,
+        "active": row.active,
+        "user_id": draft.user_id,
+        "user_email": draft.user_email,
+        "metadata": draft.metadata,
+        "allowed_cidrs": draft.allowed_cidrs,
+        "expire_time": draft.expire_time and draft.expire_time.isoformat(),
+    }
+
+
+def known_token(row: Row) -> KnownToken:
+    """Reads whose a digest is."""
+    return KnownToken(
+        digest=row["digest"],
+        key_id=row["key_id"],
+        organization_id=row["organization_id"],
+        hint=row["hint"],
+        active=row["active"],
+        is_ended=row["is_ended"],
+        draft=KeyDraft(
+            name=row["name"],
+            key_type=KeyType(row["key_type"]),
+            environment=Environment(row["environment"]),
+            permissions=tuple(row["permissions"]),
+            rate_limit_per_minute=row["rate_limit_per_minute"],
+            expire_time=row["expire_time"],
+            user_id=row["user_id"],
+            user_email=row["user_email"],
+            metadata=row["metadata"],
+            allowed_cidrs=tuple(row["allowed_cidrs"]),
         ),
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 
 import asyncpg
 
 from latchgate.domain.audit import AuditEntry, AuditEvent, chain
 from latchgate.domain.errors import OrganizationExistsError, PlanExistsError, PlanNotFoundError
+from latchgate.domain.imported import ImportRow, KnownToken
 from latchgate.domain.model import Caller, Key, NewKey, NewSecret, Organization, Plan, Scope
 from latchgate.domain.ports import AnsweredRequest
 from latchgate.storage import queries, rows
@@ -73,6 +74,23 @@ class PostgresTransaction:
         )
         await self._insert_secret(key.id, secret)
         return await self._key(key.id)
+
+    async def import_keys(
+        self, organization_id: str, created_by: str, keys: Mapping[str, ImportRow]
+    ) -> Collection[str]:
+        """Stores rows whose digests are new, with their secrets, in one statement, and counts them."""
+        given = [rows.imported_json(key_id, row) for key_id, row in keys.items()]
+        stored = await self._connection.fetch(queries.KEY_IMPORT, organization_id, created_by, given)
+        return {row["id"] for row in stored}
+
+    async def find_tokens(self, digests: Sequence[bytes]) -> Sequence[KnownToken]:
+        """Reads whose the digests are."""
+        return [rows.known_token(row) for row in await self._connection.fetch(queries.SECRET_FIND_KEYS, digests)]
+
+    async def newest_revision(self) -> int:
+        """Reads the newest revision in the log."""
+        revision: int = await self._connection.fetchval(queries.CHANGE_NEWEST)
+        return revision
 
     async def save_key(self, key: Key, revision: int) -> Key:
         """Stores what can change of a key; it counts as long as it is not revoked."""
