@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Coroutine
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from latchgate import config
@@ -40,6 +42,7 @@ def main() -> None:
         "verify", help="find what was changed or removed; exit with 0 if it is whole, else with 1"
     )
     verify.add_argument("--organization", default="", metavar="ID", help="this one's alone")
+    _add_import(commands.add_parser("import", help="take over keys of another system, by the digests of their tokens"))
     # Not listed: the first two start it.
     worker = commands.add_parser("worker")
     worker.add_argument("number", type=int)
@@ -69,6 +72,8 @@ def _work(arguments: argparse.Namespace) -> Coroutine[Any, Any, int | None]:
         from latchgate.workers import worker
 
         return worker.work(worker.supervisors_end(), arguments.number, arguments.role)
+    if command == "import":
+        return _importing(arguments)
     if command == "health":
         settings = config.load()
         from latchgate.health import check_health
@@ -85,6 +90,42 @@ def _work(arguments: argparse.Namespace) -> Coroutine[Any, Any, int | None]:
     if command == "audit":
         return commands.verify_audit(settings, arguments.organization)
     return {"run": commands.run, "serve": commands.serve, "migrate": commands.migrate}[command](settings)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Imports keys from a file. The token of a key with keys:write, or a root token, is taken from LATCHGATE_TOKEN. "
+        "Exits with 0 if the keys of all rows are there, with 1 if some were refused or the service did not take them, "
+        "with 2 if the arguments or the file can not be used."
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="CSV with a header, or one JSON object a line (.jsonl)")
+    parser.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT", help="where the service listens")
+    parser.add_argument(
+        "--organization", default="", metavar="ID", help="the owner; with a root token it must be named"
+    )
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM of the authority of the service's certificate")
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM of an own certificate, for mutual TLS")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM of its key")
+    parser.add_argument("--plaintext", action="store_true", help="send the token in plain text to another machine")
+    parser.add_argument("--results", type=Path, metavar="FILE.jsonl", help="write what became of each row")
+
+
+def _importing(arguments: argparse.Namespace) -> Coroutine[Any, Any, int]:
+    from latchgate.importing import command
+
+    return command.run(
+        command.ImportOrder(
+            file=arguments.file,
+            address=arguments.address,
+            organization=arguments.organization,
+            token=os.environ.get("LATCHGATE_TOKEN", ""),
+            tls_ca=arguments.tls_ca,
+            tls_cert=arguments.tls_cert,
+            tls_key=arguments.tls_key,
+            is_plaintext_allowed=arguments.plaintext,
+            results=arguments.results,
+        )
+    )
 
 
 def _complaint(message: str, status: int) -> int:

@@ -1,0 +1,1 @@
+"""`latchgate import`: a client of ImportKeys that reads files."""
