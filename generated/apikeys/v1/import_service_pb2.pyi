@@ -33,7 +33,8 @@ class _ImportOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImportO
     """The key is stored."""
     IMPORT_OUTCOME_DUPLICATE: _ImportOutcome.ValueType  # 2
     """A key with this digest is there already, from before or from a row before this one. It stays as it is, whatever its state:
-    a key that was revoked is not brought back.
+    a key that was revoked is not brought back. Of one that was deleted long enough ago to be removed (Key.purge_time) nothing
+    is known any more.
     """
     IMPORT_OUTCOME_INVALID: _ImportOutcome.ValueType  # 3
     """The row breaks a rule, and nothing was stored of it."""
@@ -47,7 +48,8 @@ IMPORT_OUTCOME_CREATED: ImportOutcome.ValueType  # 1
 """The key is stored."""
 IMPORT_OUTCOME_DUPLICATE: ImportOutcome.ValueType  # 2
 """A key with this digest is there already, from before or from a row before this one. It stays as it is, whatever its state:
-a key that was revoked is not brought back.
+a key that was revoked is not brought back. Of one that was deleted long enough ago to be removed (Key.purge_time) nothing
+is known any more.
 """
 IMPORT_OUTCOME_INVALID: ImportOutcome.ValueType  # 3
 """The row breaks a rule, and nothing was stored of it."""
