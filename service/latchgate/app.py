@@ -13,12 +13,12 @@ from typing import Any, Final, TypeVar
 import asyncpg
 import structlog
 from prometheus_client import CollectorRegistry
-from ulid import ULID
 
 from latchgate.background import Background
 from latchgate.config import Settings, SettingsError, ValidateAccess, load_scopes
 from latchgate.database import database_address
 from latchgate.domain.access import CORE_SCOPES
+from latchgate.domain.addresses import AddressGuard
 from latchgate.domain.cache import KeyCache
 from latchgate.domain.catalogue import ScopeManager, missing
 from latchgate.domain.coherence import Coherence, LeaseTerms
@@ -33,11 +33,14 @@ from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.trail import AuditReader
 from latchgate.domain.usage import UsageReporter
 from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
+from latchgate.domain.webhooks import WebhookManager
 from latchgate.draining import drain
 from latchgate.housekeeping import keep_house
+from latchgate.ids import make_id
 from latchgate.limiting import SharedLimiter
 from latchgate.listening import PortError, Role, serve_metrics
 from latchgate.observability import Metrics
+from latchgate.outgoing import send_out
 from latchgate.rpc import convert
 from latchgate.rpc.answers import AnswerWriter
 from latchgate.rpc.audit_service import AuditService
@@ -59,12 +62,14 @@ from latchgate.rpc.server import (
     ORGANIZATION_SERVICE,
     USAGE_SERVICE,
     VALIDATE,
+    WEBHOOK_SERVICE,
     ListenError,
     RpcServer,
     make_server,
 )
 from latchgate.rpc.tls import CertificateError, ReloadingCredentials, TlsFiles
 from latchgate.rpc.usage_service import UsageService
+from latchgate.rpc.webhook_service import WebhookService
 from latchgate.storage.audit import PostgresTrail
 from latchgate.storage.bootstrap import RootKey, ensure_root_key, load_tag_key
 from latchgate.storage.coherence import Membership
@@ -80,6 +85,7 @@ from latchgate.storage.requests import RequestSealer
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.suspicion import SuspicionStore
 from latchgate.storage.usage import UsageBuffer
+from latchgate.storage.webhooks import FernetWebhookSealer, PostgresWebhookStore
 from latchgate.watch import DatabaseWatch, Figures
 from latchgate.web.auth import AuthEndpoint
 from latchgate.web.server import HttpListenError, HttpServer
@@ -103,11 +109,6 @@ class DatabaseRefusalError(Exception):
 
 # Gives seconds that go on while the machine is suspended, unlike those of time.monotonic on Linux.
 boottime: Final[Callable[[], float]] = partial(time.clock_gettime, _BOOTTIME)
-
-
-def make_id(prefix: str) -> str:
-    """Makes an id that sorts by the time it was made: a prefix and a ULID in lower case."""
-    return prefix + str(ULID()).lower()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +175,7 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
             endpoint=endpoint,
             http=http,
             shares_ports=role is not Role.ALONE,
+            news=asyncio.Event(),
         )
         # From the last to the first: calls end, then the work beside them, then what they left is written.
         stack.push_async_callback(_flush_last, usage)
@@ -212,6 +214,8 @@ class _Parts:
     endpoint: AuthEndpoint
     http: HttpServer
     shares_ports: bool
+    # Set when there may be something to be sent out.
+    news: asyncio.Event
 
 
 def _credentials(settings: Settings) -> ReloadingCredentials | None:
@@ -325,6 +329,15 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
     background.repeat("writing of usage", settings.usage_flush_seconds, parts.usage.flush)
     background.repeat("writing of suspicious use", settings.usage_flush_seconds, suspicion.flush)
     keep_house(background, settings, database, effects, suspicion)
+    await send_out(
+        stack,
+        settings=settings,
+        background=background,
+        observer=parts.metrics,
+        news=parts.news,
+        dsn=dsn,
+        tag_key=tag_key,
+    )
     # Calls are answered by now: of many keys this may take a second.
     missing_scopes = await _missing_scopes(PostgresStore(database), parts.scopes)
     return Ready(root=root, schema_before=before, schema=schema, missing_scopes=missing_scopes)
@@ -349,7 +362,8 @@ def _backend(
     suspicion: SuspicionStore,
 ) -> Backend:
     """Puts the use cases together."""
-    store, pages, metrics = PostgresStore(parts.database), PageTokens(tag_key), parts.metrics
+    pages, metrics = PageTokens(tag_key), parts.metrics
+    store = PostgresStore(parts.database, parts.news.set)
     reader, writer = CheckReader(parts.settings.trusted_hops), CheckWriter()
     answers = AnswerWriter(parts.settings.answer_ttl_seconds)
     keys = KeyManager(
@@ -362,6 +376,12 @@ def _backend(
     )
     organizations = OrganizationManager(store=store, effects=effects, make_id=make_id, deployment_scopes=parts.scopes)
     importer = KeyImporter(store=store, tokens=tokens, effects=effects, make_id=make_id, deployment_scopes=parts.scopes)
+    webhooks = WebhookManager(
+        store=PostgresWebhookStore(parts.database, parts.news.set),
+        sealer=FernetWebhookSealer(tag_key),
+        guard=AddressGuard(parts.settings.private_networks),
+        make_id=make_id,
+    )
     services = {
         KEY_SERVICE.full_name: KeyService(
             keys=keys,
@@ -377,6 +397,7 @@ def _backend(
         USAGE_SERVICE.full_name: UsageService(
             usage=UsageReporter(PostgresUsageStore(parts.database, store)), pages=pages
         ),
+        WEBHOOK_SERVICE.full_name: WebhookService(webhooks=webhooks, pages=pages),
         EXT_AUTHZ_SERVICE.full_name: ExtAuthz(validator=validator, reader=reader, writer=writer, outcomes=metrics),
     }
     recalls: dict[str, FromMemory] = {

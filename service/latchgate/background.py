@@ -32,6 +32,8 @@ class Background:
         self._stopping = asyncio.Event()
         self._died = asyncio.Event()
         self._death = ""
+        # What wakes the work that waits for its next time.
+        self._waking: list[asyncio.Event] = []
         self._lasting: set[asyncio.Future[Any]] = set()
         self._repeated: set[asyncio.Future[Any]] = set()
 
@@ -39,13 +41,17 @@ class Background:
         """Runs work that lasts as long as the service; it is cancelled at the end."""
         self._lasting.add(self._watched(name, work))
 
-    def repeat(self, name: str, interval_s: float, work: Callable[[], Awaitable[None]]) -> None:
-        """Does some work again and again; at the end what is under way is finished.
+    def repeat(
+        self, name: str, interval_s: float, work: Callable[[], Awaitable[None]], news: asyncio.Event | None = None
+    ) -> None:
+        """Does some work again and again, and sooner when there is `news`; at the end what is under way is finished.
 
         A time at which the database is away is let pass, and so is a fault of the work itself: the next time may be
         better, and calls are worth more than what is done beside them. Both are logged, faults each time.
         """
-        self._repeated.add(self._watched(name, self._again(name, interval_s, work)))
+        waking = news or self._stopping
+        self._waking.append(waking)
+        self._repeated.add(self._watched(name, self._again(name, interval_s, work, waking)))
 
     def failed(self, name: str, error: Exception) -> None:
         """Takes note of an error that nobody expected. Not of its text: it may hold what a row holds."""
@@ -60,6 +66,8 @@ class Background:
     def stop(self) -> None:
         """Begins no work any more; from here on it is no fault that work ends."""
         self._stopping.set()
+        for waking in self._waking:
+            waking.set()
 
     async def close(self) -> None:
         """Ends all work and waits until it has ended."""
@@ -83,9 +91,11 @@ class Background:
             self._death = self._death or f"the service can not go on without its {name}: {reason}"
             self._died.set()
 
-    async def _again(self, name: str, interval_s: float, work: Callable[[], Awaitable[None]]) -> None:
+    async def _again(
+        self, name: str, interval_s: float, work: Callable[[], Awaitable[None]], waking: asyncio.Event
+    ) -> None:
         is_put_off = False
-        while not await self._is_stopped_within(interval_s):
+        while not await self._is_stopped_within(interval_s, waking):
             try:
                 await work()
             except UnavailableError as error:
@@ -100,11 +110,13 @@ class Background:
                 _log.info("work_resumed", work=name)
             is_put_off = False
 
-    async def _is_stopped_within(self, seconds: float) -> bool:
+    async def _is_stopped_within(self, seconds: float, waking: asyncio.Event) -> bool:
         # Not wait_for, as in latchgate.storage.coherence.
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._stopping.wait()
+                await waking.wait()
+        if not self._stopping.is_set():
+            waking.clear()
         return self._stopping.is_set()
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from email.utils import parseaddr
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -16,8 +17,9 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_va
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from latchgate.domain.effects import MAX_LEASE_S
-from latchgate.domain.model import Environment, KeyType, Scope, ScopeSource
+from latchgate.domain.model import Environment, KeyType, Network, Scope, ScopeSource
 from latchgate.domain.token import FOREIGN_MAX_LENGTH, Prefixes
+from latchgate.outbound.smtp import SmtpServer, SmtpTls
 
 PREFIX = "LATCHGATE_"
 MIN_SECRET_LENGTH = 32
@@ -35,6 +37,7 @@ _DATABASE_URL_FORM = (
 _SSL_MODES = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
 _SSL_FILES = frozenset({"sslrootcert", "sslcert", "sslkey", "sslcrl"})
 MAX_WORKERS = 256
+_SMTP_PORTS = {SmtpTls.STARTTLS: 587, SmtpTls.TLS: 465, SmtpTls.NONE: 25}
 
 
 class CommandError(Exception):
@@ -119,6 +122,30 @@ def _prefix(value: str) -> str:
     return value
 
 
+def _networks(value: str) -> str:
+    try:
+        _read_networks(value)
+    except ValueError:
+        raise ValueError("must be networks such as 10.0.0.0/8,fd00::/8, with a comma between them") from None
+    return value
+
+
+def _read_networks(value: str) -> tuple[Network, ...]:
+    return tuple(ipaddress.ip_network(each.strip()) for each in value.split(",") if each.strip())
+
+
+def _days(value: str) -> str:
+    if not re.fullmatch(r"[0-9]{1,3}(,[0-9]{1,3})*", value) or "0" in value.split(","):
+        raise ValueError("must be numbers of days from 1 to 999, with a comma between them, such as 7,1")
+    return value
+
+
+def _mail_sender(value: str) -> str:
+    if "@" not in parseaddr(value)[1] or any(sign < " " for sign in value):
+        raise ValueError("must be a mail address, such as Latchgate <keys@example.com>")
+    return value
+
+
 def _own_cores() -> int:
     """How many cores this process may run on."""
     return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
@@ -127,6 +154,9 @@ def _own_cores() -> int:
 Address = Annotated[str, AfterValidator(_address)]
 Secret = Annotated[SecretStr, AfterValidator(_long_enough)]
 TokenPrefix = Annotated[str, AfterValidator(_prefix)]
+Networks = Annotated[str, AfterValidator(_networks)]
+Days = Annotated[str, AfterValidator(_days)]
+MailSender = Annotated[str, AfterValidator(_mail_sender)]
 
 
 class Settings(BaseSettings):
@@ -162,6 +192,16 @@ class Settings(BaseSettings):
     usage_retention_days: int = Field(default=90, ge=1, le=3650)
     audit_retention_days: int = Field(default=400, ge=30, le=36_500)
     drain_seconds: float = Field(default=20.0, ge=0, le=3600)
+    webhook_private_networks: Networks = ""
+    outbox_poll_seconds: float = Field(default=1.0, ge=0.01, le=60)
+    event_retention_days: int = Field(default=30, ge=1, le=3650)
+    expiry_notice_days: Days = "7,1"
+    smtp_host: str | None = None
+    smtp_port: int | None = Field(default=None, ge=1, le=MAX_PORT)
+    smtp_tls: SmtpTls = SmtpTls.STARTTLS
+    smtp_user: str = ""
+    smtp_password: SecretStr | None = None
+    smtp_from: MailSender | None = None
     log_level: LogLevel = LogLevel.INFO
     log_format: LogFormat = LogFormat.CONSOLE
 
@@ -174,6 +214,40 @@ class Settings(BaseSettings):
             (KeyType.PUBLISHABLE, Environment.LIVE): self.prefix_publishable_live,
             (KeyType.PUBLISHABLE, Environment.TEST): self.prefix_publishable_test,
         }
+
+    @property
+    def private_networks(self) -> tuple[Network, ...]:
+        """The networks to which webhooks may be sent besides the public ones."""
+        return _read_networks(self.webhook_private_networks)
+
+    @property
+    def notice_days(self) -> tuple[int, ...]:
+        """How many days before its expiry a key is told of."""
+        return tuple(int(days) for days in self.expiry_notice_days.split(","))
+
+    @property
+    def smtp_server(self) -> SmtpServer | None:
+        """The server that mail is handed to; None if none is sent."""
+        if self.smtp_host is None or self.smtp_from is None:
+            return None
+        return SmtpServer(
+            host=self.smtp_host,
+            port=self.smtp_port or _SMTP_PORTS[self.smtp_tls],
+            tls=self.smtp_tls,
+            sender=self.smtp_from,
+            user=self.smtp_user,
+            password=self.smtp_password.get_secret_value() if self.smtp_password else "",
+        )
+
+    @model_validator(mode="after")
+    def _check_mail(self) -> Self:
+        if (self.smtp_host is None) != (self.smtp_from is None):
+            raise ValueError("LATCHGATE_SMTP_HOST and LATCHGATE_SMTP_FROM: must be set together")
+        if bool(self.smtp_user) != (self.smtp_password is not None):
+            raise ValueError("LATCHGATE_SMTP_USER and LATCHGATE_SMTP_PASSWORD: must be set together")
+        if self.smtp_user and self.smtp_tls is SmtpTls.NONE:
+            raise ValueError("LATCHGATE_SMTP_TLS: none would send LATCHGATE_SMTP_PASSWORD in plain text")
+        return self
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

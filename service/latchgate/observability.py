@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from latchgate.domain.coherence import Reading
 from latchgate.domain.model import Outcome
+from latchgate.domain.outbox import OutboxFigures
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 # The last line of defence, not the first: nothing hands a token or a connection string to a logger.
@@ -215,6 +216,24 @@ class Metrics:
             ["link"],
             registry=registry,
         )
+        self._deliveries = Counter(
+            "latchgate_webhook_attempts",
+            "Attempts to send an event to a webhook: delivered, pending (to be tried again) or dead.",
+            ["result"],
+            registry=registry,
+        )
+        self._mails = Counter(
+            "latchgate_mail_attempts", "Attempts to send a mail, likewise.", ["result"], registry=registry
+        )
+        self._waiting = Gauge(
+            "latchgate_outbox_pending", "What waits to be sent, in all workers together.", ["kind"], registry=registry
+        )
+        self._waiting_s = Gauge(
+            "latchgate_webhook_oldest_pending_seconds",
+            "For how long the oldest delivery has waited, in all workers together.",
+            registry=registry,
+        )
+        self._disabled = Gauge("latchgate_webhooks_disabled", "Webhooks that are disabled.", registry=registry)
         self._outcome_counters = {outcome: self._outcomes.labels(outcome=outcome.name) for outcome in Outcome}
         self._answered = self._lookups.labels(result="answered")
         self._failed = self._lookups.labels(result="error")
@@ -281,6 +300,21 @@ class Metrics:
         """The log of changes was read."""
         self._readings.labels(result=result.value).inc()
         self._changes.inc(changes)
+
+    def delivery_attempted(self, result: str) -> None:
+        """A delivery was tried: it is `delivered`, `pending` again or `dead`."""
+        self._deliveries.labels(result=result).inc()
+
+    def mail_attempted(self, result: str) -> None:
+        """A mail was tried, likewise."""
+        self._mails.labels(result=result).inc()
+
+    def outbox(self, figures: OutboxFigures) -> None:
+        """What waits to be sent was counted."""
+        self._waiting.labels(kind="delivery").set(figures.deliveries)
+        self._waiting.labels(kind="mail").set(figures.mails)
+        self._waiting_s.set(figures.oldest_s)
+        self._disabled.set(figures.disabled)
 
     def link_lost(self, link: str) -> None:
         """A connection of the protocol between workers failed."""

@@ -97,6 +97,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE. More unknown tokens of foreign formats were tried at once than are looked up. Try again."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 31
     """INTERNAL. A fault of the service. Metadata `incident`: the number under which its log has the details."""
+    ERROR_REASON_WEBHOOK_NOT_FOUND: _ErrorReason.ValueType  # 36
+    """NOT_FOUND. The caller's organization has no such webhook; those of others are not told apart from those that never were."""
+    ERROR_REASON_DELIVERY_NOT_FOUND: _ErrorReason.ValueType  # 37
+    """NOT_FOUND. The webhook has no such delivery, or it is pending still."""
+    ERROR_REASON_WEBHOOK_DISABLED: _ErrorReason.ValueType  # 38
+    """FAILED_PRECONDITION. The webhook is disabled. Enable it with UpdateWebhook first."""
+    ERROR_REASON_WEBHOOK_LIMIT_REACHED: _ErrorReason.ValueType  # 39
+    """RESOURCE_EXHAUSTED. The organization has 100 webhooks, and can not have more."""
     ERROR_REASON_SCOPE_IN_USE: _ErrorReason.ValueType  # 50
     """FAILED_PRECONDITION. Keys that are neither revoked nor deleted have a permission which would match no scope of the
     catalogue any more. Metadata `scope`: the scope that they need; `key_count`: how many they are; `key_ids`: the first ten
@@ -198,6 +206,14 @@ ERROR_REASON_LOOKUP_BUDGET_EXCEEDED: ErrorReason.ValueType  # 30
 """UNAVAILABLE. More unknown tokens of foreign formats were tried at once than are looked up. Try again."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 31
 """INTERNAL. A fault of the service. Metadata `incident`: the number under which its log has the details."""
+ERROR_REASON_WEBHOOK_NOT_FOUND: ErrorReason.ValueType  # 36
+"""NOT_FOUND. The caller's organization has no such webhook; those of others are not told apart from those that never were."""
+ERROR_REASON_DELIVERY_NOT_FOUND: ErrorReason.ValueType  # 37
+"""NOT_FOUND. The webhook has no such delivery, or it is pending still."""
+ERROR_REASON_WEBHOOK_DISABLED: ErrorReason.ValueType  # 38
+"""FAILED_PRECONDITION. The webhook is disabled. Enable it with UpdateWebhook first."""
+ERROR_REASON_WEBHOOK_LIMIT_REACHED: ErrorReason.ValueType  # 39
+"""RESOURCE_EXHAUSTED. The organization has 100 webhooks, and can not have more."""
 ERROR_REASON_SCOPE_IN_USE: ErrorReason.ValueType  # 50
 """FAILED_PRECONDITION. Keys that are neither revoked nor deleted have a permission which would match no scope of the
 catalogue any more. Metadata `scope`: the scope that they need; `key_count`: how many they are; `key_ids`: the first ten

@@ -21,8 +21,18 @@ WRITE_KEYS = "keys:write"
 VALIDATE_KEYS = "keys:validate"
 READ_AUDIT = "audit:read"
 WRITE_SCOPES = "scopes:write"
+READ_WEBHOOKS = "webhooks:read"
+WRITE_WEBHOOKS = "webhooks:write"
 
-MANAGEMENT_SCOPES = (READ_KEYS, WRITE_KEYS, VALIDATE_KEYS, READ_AUDIT, WRITE_SCOPES)
+MANAGEMENT_SCOPES = (
+    READ_KEYS,
+    WRITE_KEYS,
+    VALIDATE_KEYS,
+    READ_AUDIT,
+    WRITE_SCOPES,
+    READ_WEBHOOKS,
+    WRITE_WEBHOOKS,
+)
 
 CORE_SCOPES = tuple(
     Scope(name=name, description=description, source=ScopeSource.CORE)
@@ -32,6 +42,8 @@ CORE_SCOPES = tuple(
         (VALIDATE_KEYS, "Call Validate where the deployment demands a key for it."),
         (READ_AUDIT, "Read the organization's audit trail."),
         (WRITE_SCOPES, "Add scopes of its own to the organization's catalogue, and remove them."),
+        (READ_WEBHOOKS, "Read the organization's webhooks and what was sent to them."),
+        (WRITE_WEBHOOKS, "Create, change and delete the organization's webhooks, and have events sent again."),
         ("read", "Read access, as the application behind the gateway understands it."),
         ("write", "Write access, as the application behind the gateway understands it."),
     )

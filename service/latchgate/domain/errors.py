@@ -99,6 +99,14 @@ class PlanNotFoundError(NotFoundError):
     """No such plan."""
 
 
+class WebhookNotFoundError(NotFoundError):
+    """No such webhook."""
+
+
+class DeliveryNotFoundError(NotFoundError):
+    """No such delivery, or it is not done yet."""
+
+
 class AlreadyExistsError(LatchgateError):
     """What was to be made is there already."""
 
@@ -167,6 +175,10 @@ class RevisionUnknownError(PreconditionError):
     """The revision asked for was never given out."""
 
 
+class WebhookDisabledError(PreconditionError):
+    """The webhook is disabled, and gets nothing."""
+
+
 class ExhaustedError(LatchgateError):
     """A limit is reached."""
 
@@ -185,6 +197,10 @@ class KeyLimitReachedError(ExhaustedError):
 
 class ScopeLimitReachedError(ExhaustedError):
     """The organization has as many scopes of its own as it can have."""
+
+
+class WebhookLimitReachedError(ExhaustedError):
+    """The organization has as many webhooks as there may be."""
 
 
 class UnavailableError(LatchgateError):

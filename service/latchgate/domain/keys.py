@@ -22,6 +22,7 @@ from latchgate.domain.errors import (
     LastRootKeyError,
     RootOrganizationError,
 )
+from latchgate.domain.events import key_event
 from latchgate.domain.model import (
     ROOT_ORGANIZATION_ID,
     Caller,
@@ -36,6 +37,7 @@ from latchgate.domain.model import (
     NewKey,
     Scope,
 )
+from latchgate.domain.outbox import EventType
 from latchgate.domain.permissions import WILDCARD
 from latchgate.domain.ports import EffectWaiter, IdMaker, KeyStore, Sealer, Transaction
 from latchgate.domain.requests import Retry
@@ -115,6 +117,7 @@ class KeyManager:
                 id=self._make_id("key_"), organization_id=organization_id, created_by=caller.key_id, draft=draft
             )
             key = await transaction.insert_key(new_key, minted.secret)
+            await transaction.publish(key_event(self._make_id, EventType.CREATED, key, caller.key_id))
             await _record(transaction, caller, None, key)
             if retry:
                 await retry.keep(transaction, self._sealer, key_id=key.id, revision=0, token=minted.token)
@@ -166,7 +169,7 @@ class KeyManager:
             updated = replace(key, **changes)
             if updated != key:
                 await self._check_update(transaction, caller, key, updated)
-                key = await _save(transaction, caller, key, updated)
+                key = await self._save(transaction, caller, key, updated, EventType.UPDATED)
         return await self._changed(caller, key)
 
     async def _check_update(self, transaction: Transaction, caller: Caller, key: Key, updated: Key) -> None:
@@ -196,7 +199,8 @@ class KeyManager:
                 access.require_held_to_widen(caller, key, updated)
                 if not updated.active:
                     await _keep_a_root_key(transaction, key)
-                key = await _save(transaction, caller, key, updated)
+                event_type = EventType.ACTIVATED if updated.active else EventType.DEACTIVATED
+                key = await self._save(transaction, caller, key, updated, event_type)
         return await self._changed(caller, key)
 
     async def rotate(self, caller: Caller, key_id: str, grace: timedelta, request_id: UUID | None = None) -> Issued:
@@ -217,7 +221,7 @@ class KeyManager:
                 minted = self._tokens.mint(key.key_type, key.environment)
                 token = minted.token
                 await transaction.rotate_secret(key_id, minted.secret, grace)
-                key = await _save(transaction, caller, key, key)
+                key = await self._save(transaction, caller, key, key, EventType.ROTATED)
                 revision = key.revision
                 if retry:
                     await retry.keep(transaction, self._sealer, key_id=key_id, revision=revision, token=token)
@@ -232,7 +236,7 @@ class KeyManager:
                 await _keep_a_root_key(transaction, key)
                 revoke_time = apart_from(key.delete_time, await transaction.now())
                 revoked = replace(key, revoke_time=revoke_time, revoke_reason=reason)
-                key = await _save(transaction, caller, key, revoked)
+                key = await self._save(transaction, caller, key, revoked, EventType.REVOKED)
         return await self._changed(caller, key)
 
     async def delete(self, caller: Caller, key_id: str) -> Changed:
@@ -245,7 +249,7 @@ class KeyManager:
                     await _keep_a_root_key(transaction, key)
                 delete_time = apart_from(key.revoke_time, await transaction.now())
                 deleted = replace(key, revoke_time=key.revoke_time or delete_time, delete_time=delete_time)
-                key = await _save(transaction, caller, key, deleted)
+                key = await self._save(transaction, caller, key, deleted, EventType.DELETED)
         return await self._changed(caller, key)
 
     async def undelete(self, caller: Caller, key_id: str) -> Changed:
@@ -257,7 +261,8 @@ class KeyManager:
             if key.delete_time is not None:
                 access.require_held(caller, key.permissions)
                 await self._check_room(transaction, key.organization_id, key.permissions)
-                key = await _save(transaction, caller, key, replace(key, revoke_time=None, delete_time=None))
+                undeleted = replace(key, revoke_time=None, delete_time=None)
+                key = await self._save(transaction, caller, key, undeleted, EventType.UNDELETED)
         return await self._changed(caller, key)
 
     async def publishable(self, caller: Caller, organization_id: str, environment: Environment) -> tuple[Key, str]:
@@ -273,6 +278,15 @@ class KeyManager:
             )
         return found
 
+    async def _save(
+        self, transaction: Transaction, caller: Caller, before: Key, updated: Key, event_type: EventType
+    ) -> Key:
+        """Stores a changed key, and has it told to whoever wants to know."""
+        saved = await transaction.save_key(updated, await transaction.record_change("key", updated.id))
+        await transaction.publish(key_event(self._make_id, event_type, saved, caller.key_id))
+        await _record(transaction, caller, before, saved)
+        return saved
+
     async def _changed(self, caller: Caller, key: Key) -> Changed:
         return Changed(key=key, effect=await self._effects.wait(key.revision, caller.answer_by_s))
 
@@ -282,12 +296,6 @@ async def _lock(transaction: Transaction, caller: Caller, key_id: str) -> Key:
     key = access.visible(caller, await transaction.lock_key(key_id), key_id)
     await access.require_still_in_use(caller, transaction)
     return key
-
-
-async def _save(transaction: Transaction, caller: Caller, before: Key, updated: Key) -> Key:
-    saved = await transaction.save_key(updated, await transaction.record_change("key", updated.id))
-    await _record(transaction, caller, before, saved)
-    return saved
 
 
 async def _record(transaction: Transaction, caller: Caller, before: Key | None, after: Key) -> None:

@@ -28,6 +28,7 @@ from latchgate.domain.model import (
     RateState,
     Scope,
 )
+from latchgate.domain.outbox import Event
 
 
 class KeyReader(Protocol):
@@ -259,6 +260,9 @@ class Transaction(Protocol):
         From here to the end of the transaction nobody else can record anything of the same organization: it is to be
         the last thing that a transaction does, but for the answer to a request.
         """
+
+    async def publish(self, event: Event) -> None:
+        """Has an event sent out if this transaction is committed. Only with what the event is about locked."""
 
     async def claim_request(self, slot: bytes, body_digest: bytes) -> AnsweredRequest | None:
         """Reserves a request's slot, after waiting for a twin that is under way; gives what the twin answered."""

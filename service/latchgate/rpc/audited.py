@@ -76,7 +76,10 @@ def _owner(caller: Caller, request: Message | None, answer: Message | None) -> s
     if answer is None or not caller.is_root:
         return ""
     return (
-        _field(answer, "key.organization_id") or _field(request, "organization_id") or _field(answer, "organization.id")
+        _field(answer, "key.organization_id")
+        or _field(answer, "webhook.organization_id")
+        or _field(request, "organization_id")
+        or _field(answer, "organization.id")
     )
 
 

@@ -83,7 +83,8 @@ _FROM_STEP: Final = {
 }
 
 
-def _timestamp(time: datetime | None) -> timestamp_pb2.Timestamp | None:
+def timestamp_message(time: datetime | None) -> timestamp_pb2.Timestamp | None:
+    """Writes a time, or nothing."""
     if time is None:
         return None
     message = timestamp_pb2.Timestamp()
@@ -99,7 +100,8 @@ def moment(message: timestamp_pb2.Timestamp, field: str) -> datetime:
         raise InvalidFieldError([(field, "must be a time from the year 1 to the year 9999")]) from None
 
 
-def _duration(span: timedelta) -> duration_pb2.Duration:
+def duration_message(span: timedelta) -> duration_pb2.Duration:
+    """Writes a span of time."""
     message = duration_pb2.Duration()
     message.FromTimedelta(span)
     return message
@@ -153,7 +155,7 @@ def key_filter(request: key_service_pb2.ListKeysRequest) -> KeyFilter:
     )
 
 
-def _fields(mask: field_mask_pb2.FieldMask, known: tuple[str, ...], given: Iterable[str]) -> set[str]:
+def changed_fields(mask: field_mask_pb2.FieldMask, known: tuple[str, ...], given: Iterable[str]) -> set[str]:
     """Gives the fields to change: those the mask names, or without one those that are given."""
     unknown = sorted(set(mask.paths) - {*known, "*"})
     if unknown:
@@ -172,7 +174,7 @@ def key_changes(request: key_service_pb2.UpdateKeyRequest) -> KeyChanges:
     """Reads which fields of a key to change, and their new values."""
     key = request.key
     given = (descriptor.name for descriptor, _ in key.ListFields())
-    fields = _fields(request.update_mask, KEY_FIELDS, given)
+    fields = changed_fields(request.update_mask, KEY_FIELDS, given)
     changes: KeyChanges = {}
     if "name" in fields:
         changes["name"] = key.name
@@ -198,7 +200,7 @@ def organization_changes(request: organization_service_pb2.UpdateOrganizationReq
     """Reads which fields of an organization to change, and their new values."""
     organization = request.organization
     given = (descriptor.name for descriptor, _ in organization.ListFields())
-    fields = _fields(request.update_mask, ORGANIZATION_FIELDS, given)
+    fields = changed_fields(request.update_mask, ORGANIZATION_FIELDS, given)
     changes: OrganizationChanges = {}
     if "name" in fields:
         changes["name"] = organization.name
@@ -215,7 +217,7 @@ def plan_changes(request: organization_service_pb2.UpdatePlanRequest) -> PlanCha
     """Reads which fields of a plan to change, and their new values."""
     plan = request.plan
     given = (descriptor.name for descriptor, _ in plan.ListFields())
-    fields = _fields(request.update_mask, PLAN_FIELDS, given)
+    fields = changed_fields(request.update_mask, PLAN_FIELDS, given)
     changes: PlanChanges = {}
     if "rate_limit_per_minute" in fields:
         changes["rate_limit_per_minute"] = plan.rate_limit_per_minute
@@ -227,9 +229,9 @@ def plan_changes(request: organization_service_pb2.UpdatePlanRequest) -> PlanCha
 def _secret_message(secret: Secret) -> key_pb2.Secret:
     return key_pb2.Secret(
         prefix=secret.hint,
-        create_time=_timestamp(secret.create_time),
-        expire_time=_timestamp(secret.end_time),
-        last_used_time=_timestamp(secret.last_used_time),
+        create_time=timestamp_message(secret.create_time),
+        expire_time=timestamp_message(secret.end_time),
+        last_used_time=timestamp_message(secret.last_used_time),
     )
 
 
@@ -249,16 +251,16 @@ def key_message(key: Key) -> key_pb2.Key:
         user_email=key.user_email,
         metadata=key.metadata,
         allowed_cidrs=key.allowed_cidrs,
-        create_time=_timestamp(key.create_time),
-        update_time=_timestamp(key.update_time),
-        expire_time=_timestamp(key.expire_time),
-        revoke_time=_timestamp(key.revoke_time),
-        last_used_time=_timestamp(key.last_used_time),
+        create_time=timestamp_message(key.create_time),
+        update_time=timestamp_message(key.update_time),
+        expire_time=timestamp_message(key.expire_time),
+        revoke_time=timestamp_message(key.revoke_time),
+        last_used_time=timestamp_message(key.last_used_time),
         etag=key.etag,
         created_by=key.created_by,
         revoke_reason=key.revoke_reason,
         secrets=[_secret_message(secret) for secret in key.secrets],
-        purge_time=_timestamp(key.purge_time),
+        purge_time=timestamp_message(key.purge_time),
     )
 
 
@@ -269,7 +271,7 @@ def effect_message(effect: Effect) -> key_pb2.Effect:
     return key_pb2.Effect(
         state=key_pb2.EFFECT_STATE_PENDING,
         revision=effect.revision,
-        max_remaining=_duration(effect.max_remaining),
+        max_remaining=duration_message(effect.max_remaining),
     )
 
 
@@ -290,8 +292,8 @@ def organization_message(organization: Organization) -> organization_service_pb2
             for scope in organization.scopes
         ],
         key_count=organization.key_count,
-        create_time=_timestamp(organization.create_time),
-        update_time=_timestamp(organization.update_time),
+        create_time=timestamp_message(organization.create_time),
+        update_time=timestamp_message(organization.update_time),
     )
 
 
@@ -301,8 +303,8 @@ def plan_message(plan: Plan) -> organization_service_pb2.Plan:
         id=plan.id,
         rate_limit_per_minute=plan.rate_limit_per_minute,
         max_keys=plan.max_keys,
-        create_time=_timestamp(plan.create_time),
-        update_time=_timestamp(plan.update_time),
+        create_time=timestamp_message(plan.create_time),
+        update_time=timestamp_message(plan.update_time),
     )
 
 
@@ -319,7 +321,7 @@ def usage_message(buckets: Sequence[UsageBucket]) -> usage_service_pb2.GetUsageR
     """Writes what was counted, and the sums of it."""
     return usage_service_pb2.GetUsageResponse(
         buckets=[
-            usage_service_pb2.UsageBucket(start_time=_timestamp(bucket.start_time), counts=_counts(bucket.counts))
+            usage_service_pb2.UsageBucket(start_time=timestamp(bucket.start_time), counts=_counts(bucket.counts))
             for bucket in buckets
         ],
         totals=_counts(total(buckets)),
@@ -337,7 +339,7 @@ def unused_message(
 ) -> usage_service_pb2.ListUnusedKeysResponse:
     """Writes a page of unused keys."""
     return usage_service_pb2.ListUnusedKeysResponse(
-        keys=keys, next_page_token=next_page_token, unused_since_time=_timestamp(unused_since)
+        keys=keys, next_page_token=next_page_token, unused_since_time=timestamp(unused_since)
     )
 
 

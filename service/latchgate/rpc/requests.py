@@ -24,6 +24,8 @@ PATTERN_ADVICE: Final = {
     r"^[^\x00-\x1f\x7f]+$": "must not hold control characters",
     r"^[^\x00]*$": "must not hold the character U+0000",
     r"^key_[0-9a-z]{26}$": "must be the id of a key: key_ and 26 lower-case letters and digits",
+    r"^whk_[0-9a-z]{26}$": "must be the id of a webhook: whk_ and 26 lower-case letters and digits",
+    r"^dlv_[0-9a-z]{26}$": "must be the id of a delivery: dlv_ and 26 lower-case letters and digits",
     r"^[a-z0-9][a-z0-9_-]{2,63}$": "must be 3 to 64 lower-case letters, digits, `_` or `-`, the first no sign",
     r"^[a-z0-9][a-z0-9_-]{0,63}$": "must be 1 to 64 lower-case letters, digits, `_` or `-`, the first no sign",
     r"^([a-z0-9][a-z0-9_.-]*|\*)(:([a-z0-9][a-z0-9_.-]*|\*))*$": (

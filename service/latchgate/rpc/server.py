@@ -21,6 +21,7 @@ from apikeys.v1 import (
     key_service_pb2,
     organization_service_pb2,
     usage_service_pb2,
+    webhook_service_pb2,
 )
 from latchgate.rpc import ext_authz
 from latchgate.rpc.audit_service import AuditService
@@ -31,10 +32,12 @@ from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
 from latchgate.rpc.pipeline import Pipeline
 from latchgate.rpc.usage_service import UsageService
+from latchgate.rpc.webhook_service import WebhookService
 
 KEY_SERVICE: Final = key_service_pb2.DESCRIPTOR.services_by_name["KeyService"]
 ORGANIZATION_SERVICE: Final = organization_service_pb2.DESCRIPTOR.services_by_name["OrganizationService"]
 AUDIT_SERVICE: Final = audit_service_pb2.DESCRIPTOR.services_by_name["AuditService"]
+WEBHOOK_SERVICE: Final = webhook_service_pb2.DESCRIPTOR.services_by_name["WebhookService"]
 USAGE_SERVICE: Final = usage_service_pb2.DESCRIPTOR.services_by_name["UsageService"]
 IMPORT_SERVICE: Final = import_service_pb2.DESCRIPTOR.services_by_name["ImportService"]
 EXT_AUTHZ_SERVICE: Final[ServiceDescriptor] = external_auth_pb2.DESCRIPTOR.services_by_name["Authorization"]
@@ -44,6 +47,7 @@ SERVICES: Final = (
     AUDIT_SERVICE,
     USAGE_SERVICE,
     IMPORT_SERVICE,
+    WEBHOOK_SERVICE,
     EXT_AUTHZ_SERVICE,
 )
 
@@ -148,6 +152,7 @@ def make_server(*, pipeline: Pipeline, shares_port: bool = False) -> RpcServer:
             _bind(AUDIT_SERVICE, AuditService, pipeline),
             _bind(USAGE_SERVICE, UsageService, pipeline),
             _bind(IMPORT_SERVICE, ImportService, pipeline),
+            _bind(WEBHOOK_SERVICE, WebhookService, pipeline),
             _bind(EXT_AUTHZ_SERVICE, ExtAuthz, pipeline),
         )
     )

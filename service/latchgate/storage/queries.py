@@ -342,11 +342,16 @@ LEFT JOIN LATERAL (
 )
 
 # Last uses; a time never goes back. Few enough rows at once to be looked up one after the other, in the order in which
-# they are given: by id, so that two flushes hardly ever wait for each other.
+# they are given: by id, so that two flushes hardly ever wait for each other. Gives the secrets that had not been used
+# when the statement began: of two flushes at once both may say so.
 LAST_USED_UPDATE = """
-UPDATE last_used u SET used_time = to_timestamp(flushed.used_s)
-FROM unnest($1::bigint[], $2::float8[]) AS flushed (secret_id, used_s)
-WHERE u.secret_id = flushed.secret_id AND (u.used_time IS NULL OR u.used_time < to_timestamp(flushed.used_s))
+WITH updated AS (
+    UPDATE last_used u SET used_time = to_timestamp(flushed.used_s)
+    FROM unnest($1::bigint[], $2::float8[]) AS flushed (secret_id, used_s)
+    WHERE u.secret_id = flushed.secret_id AND (u.used_time IS NULL OR u.used_time < to_timestamp(flushed.used_s))
+    RETURNING u.secret_id
+)
+SELECT before.secret_id FROM updated JOIN last_used before USING (secret_id) WHERE before.used_time IS NULL
 """
 
 # How many permits are granted where {room} are left: none if not even the cheapest request fits; beyond what is needed

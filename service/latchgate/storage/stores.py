@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from latchgate.domain.audit import AuditEntry
@@ -15,15 +15,19 @@ from latchgate.storage.transaction import PostgresTransaction
 class PostgresStore:
     """Implements latchgate.domain.ports.KeyStore, OrganizationStore and AuditTrail."""
 
-    def __init__(self, database: Database) -> None:
-        """Takes the open database."""
+    def __init__(self, database: Database, published: Callable[[], None] = lambda: None) -> None:
+        """Takes the open database, and who is to hear when a transaction has left something to be sent out."""
         self._database = database
+        self._published = published
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[PostgresTransaction]:
         """Opens a transaction that is committed at the end of the block, and undone if the block raises."""
         async with self._database.transaction() as connection:
-            yield PostgresTransaction(connection)
+            transaction = PostgresTransaction(connection)
+            yield transaction
+        if transaction.has_published:
+            self._published()
 
     async def record_audit(self, caller: Caller, entry: AuditEntry) -> None:
         """Records an entry by itself."""

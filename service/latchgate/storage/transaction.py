@@ -11,8 +11,9 @@ from latchgate.domain.audit import AuditEntry, AuditEvent, chain
 from latchgate.domain.errors import OrganizationExistsError, PlanExistsError, PlanNotFoundError
 from latchgate.domain.imported import ImportRow, KnownToken
 from latchgate.domain.model import Caller, Key, NewKey, NewSecret, Organization, Plan, Scope
+from latchgate.domain.outbox import Event
 from latchgate.domain.ports import AnsweredRequest
-from latchgate.storage import queries, rows
+from latchgate.storage import queries, queries_outbox, rows
 from latchgate.storage.postgres import Connection
 
 TOKEN_KEPT = timedelta(minutes=10)
@@ -24,6 +25,8 @@ class PostgresTransaction:
     def __init__(self, connection: Connection) -> None:
         """Takes a connection on which a transaction is open."""
         self._connection = connection
+        # Whether there is something to be sent out once this is committed.
+        self.has_published = False
 
     async def now(self) -> datetime:
         """The database's clock, fixed for the transaction."""
@@ -190,6 +193,19 @@ class PostgresTransaction:
         )
         if caller is not None:
             caller.call.is_recorded = True
+
+    async def publish(self, event: Event) -> None:
+        """Stores an event, to be sent out by whichever worker comes first."""
+        await self._connection.execute(
+            queries_outbox.EVENT_INSERT,
+            event.id,
+            event.organization_id,
+            event.type.value,
+            event.subject,
+            event.body,
+            event.mail_to,
+        )
+        self.has_published = True
 
     async def claim_request(self, slot: bytes, body_digest: bytes) -> AnsweredRequest | None:
         """Reserves a slot; a twin that is under way is waited for by the unique index."""

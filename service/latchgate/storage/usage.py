@@ -11,7 +11,7 @@ from typing import Final
 from uuid import UUID, uuid4
 
 from latchgate.domain.model import KeyRecord, Outcome
-from latchgate.storage import queries, queries_usage
+from latchgate.storage import queries, queries_outbox, queries_usage
 from latchgate.storage.postgres import Connection, Database
 
 # Few, so that neither this process nor the database is long at one of them.
@@ -163,7 +163,9 @@ async def _write(connection: Connection, part: _Part) -> None:
     """Writes a part: times, counts by secret, counts by organization, in the order in which everyone locks them."""
     used = [(secret_id, uses.used_s) for secret_id, uses in part.uses if uses.valid]
     if used:
-        await connection.execute(queries.LAST_USED_UPDATE, *_columns(used))
+        first = await connection.fetch(queries.LAST_USED_UPDATE, *_columns(used))
+        if first:
+            await connection.execute(queries_outbox.KEY_NOTE_FIRST_USED, [row["secret_id"] for row in first])
     counts = [
         (secret_id, uses.organization_id, outcome, count)
         for secret_id, uses in part.uses

@@ -1,0 +1,1 @@
+"""What is sent out: webhooks and mail."""

@@ -1,0 +1,87 @@
+"""What time brings about: keys that are about to expire, have expired, or were used for the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+from latchgate.domain.events import key_event
+from latchgate.domain.model import Key
+from latchgate.domain.outbox import EventType
+from latchgate.domain.ports import IdMaker
+from latchgate.storage import queries_outbox
+from latchgate.storage.postgres import Database
+from latchgate.storage.transaction import PostgresTransaction
+
+SCAN_ROWS: Final = 1000
+# As many as are published before others of the work beside the calls get a turn.
+PUBLISH_AT_ONCE: Final = 200
+
+_EXPIRED: Final = "expired"
+_FIRST_USED: Final = "first_used"
+
+
+class Notices:
+    """Finds what time has brought about, once over all workers, and publishes events of it."""
+
+    def __init__(self, database: Database, make_id: IdMaker, days_before: Sequence[int]) -> None:
+        """Takes the open database, and how many days before its expiry a key is told of."""
+        self._database = database
+        self._make_id = make_id
+        self._leads = {_EXPIRED: timedelta(0)} | {f"expiring_{days}": timedelta(days=days) for days in days_before}
+        self._has_begun = False
+
+    async def work(self) -> int:
+        """Notes what has come about, and publishes it; gives how many events."""
+        await self.note()
+        return await self.publish()
+
+    async def publish(self) -> int:
+        """Publishes what was noted and still holds; gives how many events."""
+        async with self._database.connection() as connection:
+            if not await connection.fetchval(queries_outbox.NOTICE_EXISTS):
+                return 0
+        published = 0
+        while published < PUBLISH_AT_ONCE and (told := await self._publish_one()) is not None:
+            published += told
+        return published
+
+    async def note(self) -> None:
+        """Notes the keys whose expiry has come, or is about to."""
+        async with self._database.connection() as connection:
+            if not self._has_begun:
+                for kind, lead in self._leads.items():
+                    await connection.execute(queries_outbox.EXPIRY_SCAN_BEGIN, kind, lead)
+                self._has_begun = True
+            for kind, lead in self._leads.items():
+                while await connection.fetchval(queries_outbox.EXPIRY_SCAN, kind, lead, SCAN_ROWS) == SCAN_ROWS:
+                    pass
+
+    async def _publish_one(self) -> int | None:
+        """Publishes what one notice is about, if it still holds; None if there is no notice.
+
+        With the key locked, as whoever changes it has it: its events are in their order.
+        """
+        async with self._database.transaction() as connection:
+            row = await connection.fetchrow(queries_outbox.NOTICE_TAKE)
+            if row is None:
+                return None
+            transaction = PostgresTransaction(connection)
+            key = await transaction.lock_key(row["key_id"])
+            event_type = _event_type(key, row["kind"], row["expire_time"]) if key else None
+            if key and event_type:
+                await transaction.publish(key_event(self._make_id, event_type, key))
+            await connection.execute(queries_outbox.NOTICE_PUBLISHED, row["key_id"], row["kind"], row["expire_time"])
+        return 1 if event_type else 0
+
+
+def _event_type(key: Key, kind: str, expire_time: datetime) -> EventType | None:
+    """Says what a notice is to be told as; None if the key has been changed so that it holds no more."""
+    if kind == _FIRST_USED:
+        return EventType.FIRST_USED
+    if key.revoke_time is not None or key.expire_time != expire_time:
+        return None
+    if kind == _EXPIRED:
+        return EventType.EXPIRED if key.is_expired else None
+    return None if key.is_expired else EventType.EXPIRING
