@@ -17,16 +17,21 @@ from latchgate.storage.migrate import SchemaError, check_server, migrate
 from latchgate.storage.postgres import Connection
 from support.databases import connected, fault_proxy, started_and_waiting
 
-HEAD = "0006"
+HEAD = "0007"
 TABLES = {
     "alembic_version",
     "audit_event",
     "audit_head",
     "audit_start",
     "change_log",
+    "delivery",
     "deployment",
+    "event",
+    "expiry_scan",
     "key",
+    "key_notice",
     "last_used",
+    "mail",
     "organization",
     "plan",
     "rate_window",
@@ -36,6 +41,7 @@ TABLES = {
     "usage_by_organization",
     "usage_by_secret",
     "usage_flush",
+    "webhook",
     "worker",
 }
 

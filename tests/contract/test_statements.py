@@ -71,7 +71,7 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "SECRET_EXISTS": ("bytea", {"exists"}),
     "SECRET_IS_GOOD_ROOT": ("bytea", {"exists"}),
     "SECRET_FIND": ("bytea[]", {"now_s", "revision", "digest", *FOUND_COLUMNS}),
-    "LAST_USED_UPDATE": ("int8[] float8[]", set()),
+    "LAST_USED_UPDATE": ("int8[] float8[]", {"secret_id"}),
     "USAGE_FLUSH_MARK": ("uuid int8", {"?column?"}),
     "USAGE_SECRET_ADD": ("int4 int8[] int2[] int8[]", set()),
     "USAGE_ORGANIZATION_ADD": ("int4 text[] int2[] int8[]", set()),

@@ -11,6 +11,7 @@ from support.edge import Edge
 from support.edge import edge as run_edge
 from support.keys import Tenant, cloned_database, make_tenant
 from support.service import RunningService, run_service
+from support.webhooks import plant_webhooks
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -20,6 +21,7 @@ async def shared(postgres_url: str, template_url: str) -> AsyncIterator[RunningS
         cloned_database(postgres_url, template_url) as url,
         run_service(url, http_listen="127.0.0.1:0") as running,
     ):
+        await plant_webhooks(url)
         yield running
 
 

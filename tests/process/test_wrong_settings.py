@@ -94,6 +94,19 @@ def assert_one_line(complaint: str, *names: str) -> None:
         ("DRAIN_SECONDS", "inf"),
         ("VALIDATE_ACCESS", "closed"),
         ("ALLOW_PLAINTEXT", "perhaps"),
+        ("WEBHOOK_PRIVATE_NETWORKS", "10.0.0.1/8"),
+        ("WEBHOOK_PRIVATE_NETWORKS", "10.0.0.0/8 fd00::/8"),
+        ("OUTBOX_POLL_SECONDS", "0"),
+        ("EVENT_RETENTION_DAYS", "0"),
+        ("EXPIRY_NOTICE_DAYS", "7,0"),
+        ("EXPIRY_NOTICE_DAYS", "a week"),
+        ("SMTP_HOST", "smtp.example.com"),
+        ("SMTP_FROM", "keys@example.com"),
+        ("SMTP_FROM", "nobody"),
+        ("SMTP_PORT", "smtp"),
+        ("SMTP_TLS", "perhaps"),
+        ("SMTP_USER", "latchgate"),
+        ("SMTP_PASSWORD", SECRET),
         ("LOG_LEVEL", "loud"),
         ("LOG_FORMAT", "xml"),
     ],
@@ -109,6 +122,15 @@ def test_gateways_over_http_can_not_be_known(failing: Failing) -> None:
     """Where gateways must say who they are, none may ask over HTTP: they could not. One line names both settings."""
     status, complaint = failing(HTTP_LISTEN="127.0.0.1:0", VALIDATE_ACCESS="authenticated")
     assert_one_line(complaint, "LATCHGATE_HTTP_LISTEN", "LATCHGATE_VALIDATE_ACCESS")
+    assert 2 == status
+
+
+def test_password_is_not_sent_in_plain_text(failing: Failing) -> None:
+    """A password for a mail server that is spoken to in plain text is status 2, and one line that does not show it."""
+    status, complaint = failing(
+        SMTP_HOST="smtp.example.com", SMTP_FROM="a@example.com", SMTP_USER="a", SMTP_PASSWORD=SECRET, SMTP_TLS="none"
+    )
+    assert_one_line(complaint, "LATCHGATE_SMTP_TLS", "LATCHGATE_SMTP_PASSWORD")
     assert 2 == status
 
 

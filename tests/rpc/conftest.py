@@ -11,6 +11,7 @@ import pytest_asyncio
 
 from support.keys import Tenant, cloned_database, make_tenant
 from support.service import RunningService, run_service
+from support.webhooks import LOOPBACK, Hooks, Receiver, make_hooks, receiver
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -37,3 +38,34 @@ async def acme(shared: RunningService) -> Tenant:
 async def rival(shared: RunningService) -> Tenant:
     """Another tenant of the test's own, in the shared service."""
     return await make_tenant(shared, "rival")
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def sending(postgres_url: str, template_url: str) -> AsyncIterator[RunningService]:
+    """A service that sends to this machine, at once."""
+    async with (
+        cloned_database(postgres_url, template_url) as url,
+        run_service(
+            url, webhook_private_networks=LOOPBACK, outbox_poll_seconds=0.05, usage_flush_seconds=0.05
+        ) as running,
+    ):
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def hooks(sending: RunningService) -> Hooks:
+    """The webhooks of a tenant of the test's own, in the service that sends."""
+    return await make_hooks(sending, "acme")
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def others(sending: RunningService) -> Hooks:
+    """The webhooks of another tenant of the test's own, likewise."""
+    return await make_hooks(sending, "rival")
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def listener() -> AsyncIterator[Receiver]:
+    """A receiver of webhooks that takes everything."""
+    async with receiver() as running:
+        yield running

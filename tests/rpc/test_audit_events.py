@@ -19,6 +19,7 @@ from apikeys.v1 import organization_service_pb2 as organizations_pb
 from support.keys import NOBODYS_KEY, Tenant, database_of, update_organization
 from support.service import Metadata, RunningService, bearer, refusal
 from support.transport import MANAGEMENT_METHODS, call, good_request, label_of
+from support.webhooks import plant_webhooks
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -150,6 +151,7 @@ async def test_refused_calls(acme: Tenant, rival: Tenant) -> None:
 async def test_every_method_leaves_its_trace(alone: RunningService, method: str) -> None:
     """Each method of management, when it is carried out and when it is refused, is recorded exactly once."""
     await alone.create_organization()
+    await plant_webhooks(alone.database_url)
     created = await alone.create_key()
     await alone.create_key(key_type="KEY_TYPE_PUBLISHABLE")
     poor = bearer((await alone.create_key(permissions=["read"])).token)

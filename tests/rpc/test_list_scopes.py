@@ -13,7 +13,10 @@ from support.service import refusal, run_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-CORE = ["audit:read", "keys:read", "keys:validate", "keys:write", "read", "scopes:write", "write"]
+CORE = [
+    "audit:read", "keys:read", "keys:validate", "keys:write", "read", "scopes:write", "webhooks:read", "webhooks:write",
+    "write",
+]  # fmt: skip
 
 
 async def test_core_scopes(acme: Tenant) -> None:

@@ -44,7 +44,8 @@ async def test_the_permission_that_a_method_needs(acme: Tenant, method: str) -> 
     """A method can be called with its own permission alone, and not with all others together."""
     needed, make = NEEDED[method]
     request = make((await acme.key(key_type=key_pb2.KEY_TYPE_PUBLISHABLE)).key.id)
-    others = {"keys:read", "keys:write", "keys:validate", "audit:read", "scopes:write", "read", "write"} - {needed}
+    others = {"keys:read", "keys:write", "keys:validate", "audit:read", "webhooks:read", "webhooks:write", "read"}
+    others = (others | {"write", "scopes:write"}) - {needed}
     error = await refusal(getattr(acme.service.keys, method)(request, metadata=await acme.caller(*others)))
     assert (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_MISSING") == (error.code, error.reason)
     assert {"permission": needed} == error.metadata

@@ -19,6 +19,7 @@ from apikeys.v1.audit_service_pb2_grpc import AuditServiceStub
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from apikeys.v1.organization_service_pb2_grpc import OrganizationServiceStub
 from apikeys.v1.usage_service_pb2_grpc import UsageServiceStub
+from apikeys.v1.webhook_service_pb2_grpc import WebhookServiceStub
 from latchgate import config
 from latchgate.app import Running, serving
 
@@ -79,6 +80,7 @@ class RunningService:
     organizations: Any
     audit: Any
     usage: Any
+    webhooks: Any
     root: Metadata
 
     async def create_organization(self, organization_id: str = "acme", plan_id: str = "") -> str:
@@ -154,5 +156,6 @@ async def run_service(database_url: str, **overrides: Any) -> AsyncIterator[Runn
                 organizations=OrganizationServiceStub(channel),
                 audit=AuditServiceStub(channel),
                 usage=UsageServiceStub(channel),
+                webhooks=WebhookServiceStub(channel),
                 root=bearer(ROOT_TOKEN),
             )

@@ -27,7 +27,9 @@ from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
 from apikeys.v1 import usage_service_pb2 as usage_pb
+from apikeys.v1 import webhook_service_pb2 as webhooks_pb
 from support.service import Metadata, RunningService
+from support.webhooks import PLANTED, next_deletable
 
 SERVICES: Final = (
     keys_pb.DESCRIPTOR.services_by_name["KeyService"],
@@ -35,6 +37,7 @@ SERVICES: Final = (
     audit_pb.DESCRIPTOR.services_by_name["AuditService"],
     usage_pb.DESCRIPTOR.services_by_name["UsageService"],
     imports_pb.DESCRIPTOR.services_by_name["ImportService"],
+    webhooks_pb.DESCRIPTOR.services_by_name["WebhookService"],
 )
 METHODS: Final[Mapping[str, MethodDescriptor]] = {
     method.name: method for service in SERVICES for method in service.methods if not method.client_streaming
@@ -94,6 +97,7 @@ async def call(service: RunningService, method: str, request: Message, *, metada
         "OrganizationService": service.organizations,
         "AuditService": service.audit,
         "UsageService": service.usage,
+        "WebhookService": service.webhooks,
     }
     stub = stubs[METHODS[method].containing_service.name]
     return await getattr(stub, method)(request, metadata=service.root if metadata is None else metadata)
@@ -327,5 +331,20 @@ def good_request(method: str, *, key_id: str, organization_id: str = "acme", tok
         ),
         "ListSuspiciousUse": lambda: audit_pb.ListSuspiciousUseRequest(organization_id=organization_id),
         "ListAuditEvents": lambda: audit_pb.ListAuditEventsRequest(organization_id=organization_id),
+        "CreateWebhook": lambda: webhooks_pb.CreateWebhookRequest(
+            organization_id=organization_id, url="https://hooks.invalid/", event_types=["webhook.disabled"]
+        ),
+        "GetWebhook": lambda: webhooks_pb.GetWebhookRequest(webhook_id=PLANTED),
+        "ListWebhooks": lambda: webhooks_pb.ListWebhooksRequest(organization_id="org_root"),
+        "UpdateWebhook": lambda: webhooks_pb.UpdateWebhookRequest(
+            webhook=webhooks_pb.Webhook(
+                id=PLANTED, url=f"https://hooks.invalid/{unique}", event_types=["webhook.disabled"]
+            )
+        ),
+        "DeleteWebhook": lambda: webhooks_pb.DeleteWebhookRequest(webhook_id=next_deletable()),
+        "RotateWebhookSecret": lambda: webhooks_pb.RotateWebhookSecretRequest(webhook_id=PLANTED),
+        "ListWebhookDeliveries": lambda: webhooks_pb.ListWebhookDeliveriesRequest(webhook_id=PLANTED),
+        "RedeliverWebhook": lambda: webhooks_pb.RedeliverWebhookRequest(webhook_id=PLANTED),
+        "SendTestEvent": lambda: webhooks_pb.SendTestEventRequest(webhook_id=PLANTED),
     }
     return make[method]()

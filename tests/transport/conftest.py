@@ -8,6 +8,7 @@ import pytest_asyncio
 
 from support.service import RunningService, run_service
 from support.transport import fresh_database
+from support.webhooks import plant_webhooks
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -15,4 +16,5 @@ async def shared_service(postgres_url: str, template_url: str) -> AsyncIterator[
     """A service on a database of the module's own, with an organization `acme`."""
     async with fresh_database(postgres_url, template_url) as url, run_service(url) as running:
         await running.create_organization("acme")
+        await plant_webhooks(url)
         yield running

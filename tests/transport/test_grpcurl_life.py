@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from support.service import RunningService
-from support.transport import grpcurl
+from support.service import RunningService, run_service
+from support.transport import eventually, grpcurl
+from support.webhooks import LOOPBACK, receiver
 
 
 class Terminal:
@@ -111,6 +112,38 @@ async def test_usage(terminal: Terminal) -> None:
     unused = await terminal.ask("UsageService/ListUnusedKeys", organization_id="acme", unused_days=1)
     assert ["unused_since_time"] == list(unused)
     assert "unused_days: must be" in await terminal.fail("UsageService/ListUnusedKeys", organization_id="acme")
+
+
+async def test_webhook(database_url: str) -> None:
+    """A webhook is made, tried, looked at, given another secret, switched off and deleted; it is sent what happens."""
+    async with receiver() as listener, run_service(database_url, webhook_private_networks=LOOPBACK) as service:
+        terminal = Terminal(service)
+        await terminal.ask("OrganizationService/CreateOrganization", organization_id="acme", name="Acme")
+        created = await terminal.ask("WebhookService/CreateWebhook", organization_id="acme", url=listener.url)
+        webhook_id = created["webhook"]["id"]
+        await terminal.ask("KeyService/CreateKey", organization_id="acme", name="ci")
+        (received,) = await listener.until(1)
+        assert "ci" == received.verified(created["secret"])["data"]["key"]["name"]
+        await terminal.ask("WebhookService/SendTestEvent", webhook_id=webhook_id)
+        await listener.until(2)
+
+        async def are_delivered() -> bool:
+            listed = await terminal.ask("WebhookService/ListWebhookDeliveries", webhook_id=webhook_id)
+            return ["WEBHOOK_DELIVERY_STATE_DELIVERED"] * 2 == [each["state"] for each in listed["deliveries"]]
+
+        await eventually(are_delivered)
+        assert {} == await terminal.ask("WebhookService/RedeliverWebhook", webhook_id=webhook_id)
+        rotated = await terminal.ask("WebhookService/RotateWebhookSecret", webhook_id=webhook_id)
+        assert created["secret"] != rotated["secret"]
+        off = await terminal.ask(
+            "WebhookService/UpdateWebhook", webhook={"id": webhook_id}, update_mask={"paths": ["enabled"]}
+        )
+        assert "WEBHOOK_DISABLE_REASON_CALLER" == off["webhook"]["disable_reason"]
+        assert '"reason":"WEBHOOK_DISABLED"' in (
+            await terminal.fail("WebhookService/SendTestEvent", webhook_id=webhook_id)
+        ).replace(" ", "")
+        await terminal.ask("WebhookService/DeleteWebhook", webhook_id=webhook_id)
+        assert {} == await terminal.ask("WebhookService/ListWebhooks", organization_id="acme")
 
 
 async def test_mistakes_are_told_clearly(terminal: Terminal) -> None:

@@ -27,6 +27,7 @@ NAMES: Final = (
     "apikeys.v1.AuditService",
     "apikeys.v1.OrganizationService",
     "apikeys.v1.UsageService",
+    "apikeys.v1.WebhookService",
     "envoy.service.auth.v3.Authorization",
 )
 WATCH: Final = "/grpc.health.v1.Health/Watch"

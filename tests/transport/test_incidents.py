@@ -43,6 +43,14 @@ SPARED = {
     "RevokeKey",
     "DeleteKey",
     "UndeleteKey",
+    "GetWebhook",
+    "UpdateWebhook",
+    "DeleteWebhook",
+    "RotateWebhookSecret",
+    "ListWebhooks",
+    "ListWebhookDeliveries",
+    "RedeliverWebhook",
+    "SendTestEvent",
 }
 
 

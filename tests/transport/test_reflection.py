@@ -24,6 +24,7 @@ async def test_list_names_every_service(shared_service: RunningService) -> None:
         "apikeys.v1.KeyService",
         "apikeys.v1.OrganizationService",
         "apikeys.v1.UsageService",
+        "apikeys.v1.WebhookService",
         "envoy.service.auth.v3.Authorization",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",

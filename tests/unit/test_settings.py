@@ -22,6 +22,13 @@ def test_settings_are_the_same_in_another_process(monkeypatch: pytest.MonkeyPatc
         drain_seconds=0.25,
         workers=3,
         log_format="json",
+        webhook_private_networks="10.0.0.0/8,fd00::/8",
+        expiry_notice_days="30,7",
+        smtp_host="smtp.example.com",
+        smtp_from="Latchgate <keys@example.com>",
+        smtp_tls="tls",
+        smtp_user="latchgate",
+        smtp_password="p%40ss",
     )
     variables = as_variables(settings, {"PATH": "/bin", "LATCHGATE_TAG_KEY": "x" * 40, "LATCHGATE_WORKERS": "9"})
     assert "/bin" == variables["PATH"]

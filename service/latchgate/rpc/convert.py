@@ -321,7 +321,9 @@ def usage_message(buckets: Sequence[UsageBucket]) -> usage_service_pb2.GetUsageR
     """Writes what was counted, and the sums of it."""
     return usage_service_pb2.GetUsageResponse(
         buckets=[
-            usage_service_pb2.UsageBucket(start_time=timestamp(bucket.start_time), counts=_counts(bucket.counts))
+            usage_service_pb2.UsageBucket(
+                start_time=timestamp_message(bucket.start_time), counts=_counts(bucket.counts)
+            )
             for bucket in buckets
         ],
         totals=_counts(total(buckets)),
@@ -339,7 +341,7 @@ def unused_message(
 ) -> usage_service_pb2.ListUnusedKeysResponse:
     """Writes a page of unused keys."""
     return usage_service_pb2.ListUnusedKeysResponse(
-        keys=keys, next_page_token=next_page_token, unused_since_time=timestamp(unused_since)
+        keys=keys, next_page_token=next_page_token, unused_since_time=timestamp_message(unused_since)
     )
 
 

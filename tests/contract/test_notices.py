@@ -1,0 +1,179 @@
+"""Events that time brings about: of each key once, whoever looks."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from latchgate.domain.keys import KeyManager
+from latchgate.storage.notices import Notices
+from latchgate.storage.postgres import Connection, Database
+from latchgate.storage.stores import PostgresStore
+from latchgate.storage.usage import UsageBuffer
+from support.databases import ROOT_CALLER, draft, insert_organization, next_id
+
+TYPES = "SELECT type FROM event WHERE subject = $1 AND type NOT LIKE '%created' ORDER BY number"
+# As if so many days had passed for the keys and for what was noted of them.
+PASS = (
+    "UPDATE key SET expire_time = expire_time - $1::interval",
+    "UPDATE key_notice SET expire_time = expire_time - $1::interval WHERE kind <> 'first_used'",
+    "UPDATE expiry_scan SET until_time = until_time - $1::interval",
+)
+
+
+@pytest.fixture
+def notices(database: Database) -> Notices:
+    """What looks for expiries."""
+    return Notices(database, next_id, (7, 1))
+
+
+async def make(keys: KeyManager, lasts: timedelta | None = None) -> str:
+    """Makes a key, and gives its id."""
+    expire_time = datetime.now(UTC) + lasts if lasts else None
+    return (await keys.create(ROOT_CALLER, "acme", draft(expire_time=expire_time))).key.id
+
+
+async def pass_time(observer: Connection, span: timedelta) -> None:
+    """Lets time pass, for keys."""
+    for statement in PASS:
+        await observer.execute(statement, span)
+
+
+async def types_of(observer: Connection, key_id: str) -> list[str]:
+    """Gives the types of the events of a key, but for its making."""
+    return [row["type"].removeprefix("api_key.") for row in await observer.fetch(TYPES, key_id)]
+
+
+async def test_expiry_is_told_before_and_when_it_comes(
+    notices: Notices, keys: KeyManager, store: PostgresStore, observer: Connection
+) -> None:
+    """A key that expires is told of 7 days and 1 day before and when it has expired, each once; a key that was made for
+    less time is not told of for what it never had.
+    """
+    await insert_organization(store)
+    await notices.work()
+    long, short, endless = await make(keys, timedelta(days=8)), await make(keys, timedelta(days=3)), await make(keys)
+    told = []
+    for days in (0, 1.5, 0, 5, 1, 1, 1):
+        await pass_time(observer, timedelta(days=days))
+        await notices.work()
+        told.append((await types_of(observer, long), await types_of(observer, short)))
+    expiring, expired = ["expiring"], ["expired"]
+    assert [
+        ([], []),
+        (expiring, []),
+        (expiring, []),
+        (expiring, expired),
+        (expiring * 2, expired),
+        (expiring * 2 + expired, expired),
+        (expiring * 2 + expired, expired),
+    ] == told
+    assert [] == await types_of(observer, endless)
+
+
+async def test_keys_that_ended_or_live_longer_are_not_told_of(
+    notices: Notices, keys: KeyManager, store: PostgresStore, observer: Connection
+) -> None:
+    """What was noted and holds no more is not told; a new expiry is told of anew."""
+    await insert_organization(store)
+    await notices.work()
+    revoked, moved, kept = [await make(keys, timedelta(days=8)) for _ in range(3)]
+    await pass_time(observer, timedelta(days=1.5))
+    await notices.note()
+    await keys.revoke(ROOT_CALLER, revoked, "")
+    await keys.update(ROOT_CALLER, moved, "", {"expire_time": datetime.now(UTC) + timedelta(days=20)})
+    assert 1 == await notices.publish()
+    assert (["revoked"], ["updated"], ["expiring"]) == (
+        await types_of(observer, revoked),
+        await types_of(observer, moved),
+        await types_of(observer, kept),
+    )
+    await pass_time(observer, timedelta(days=14))
+    await notices.work()
+    assert ["updated", "expiring"] == await types_of(observer, moved)
+    assert ["revoked"] == await types_of(observer, revoked)
+
+
+async def test_of_many_that_look_one_tells(
+    database: Database, keys: KeyManager, store: PostgresStore, observer: Connection
+) -> None:
+    """Workers that look at the same time tell of each key once between them."""
+    await insert_organization(store)
+    workers = [Notices(database, next_id, (7, 1)) for _ in range(4)]
+    await workers[0].work()
+    made = [await make(keys, timedelta(days=8)) for _ in range(10)]
+    await pass_time(observer, timedelta(days=1.5))
+    published = await asyncio.gather(*(worker.work() for worker in workers))
+    assert 10 == sum(published)
+    assert [["expiring"]] * 10 == [await types_of(observer, key_id) for key_id in made]
+
+
+async def test_what_expired_while_nobody_looked_is_told(
+    notices: Notices, keys: KeyManager, store: PostgresStore, database: Database, observer: Connection
+) -> None:
+    """What came about while no worker ran is told by the next one; what came about before all this is not."""
+    await insert_organization(store)
+    before = await make(keys, timedelta(days=2))
+    await observer.execute("UPDATE key SET expire_time = now() - interval '5 days' WHERE id = $1", before)
+    await notices.work()
+    missed = await make(keys, timedelta(days=2))
+    await pass_time(observer, timedelta(days=10))
+    await Notices(database, next_id, (7, 1)).work()
+    assert ([], ["expired"]) == (await types_of(observer, before), await types_of(observer, missed))
+
+
+async def use(buffer: UsageBuffer, observer: Connection, key_id: str, at_s: float = 2e9) -> None:
+    """Takes note of a use of a key's newest token."""
+    buffer.record(await observer.fetchval("SELECT max(id) FROM secret WHERE key_id = $1", key_id), at_s)
+
+
+async def test_first_use_is_told_once(
+    notices: Notices, keys: KeyManager, store: PostgresStore, database: Database, observer: Connection
+) -> None:
+    """The first use of a key is told once, whatever token it is used with later; of a key that is not used, nothing."""
+    await insert_organization(store)
+    used, unused = await make(keys), await make(keys)
+    usage = UsageBuffer(database)
+    for at_s in (2e9, 2.1e9):
+        await use(usage, observer, used, at_s)
+        await usage.flush()
+        await notices.work()
+        assert ["first_used"] == await types_of(observer, used)
+    await keys.rotate(ROOT_CALLER, used, timedelta(0))
+    await use(usage, observer, used)
+    await usage.flush()
+    await notices.work()
+    assert ["first_used", "rotated"] == await types_of(observer, used)
+    assert [] == await types_of(observer, unused)
+
+
+async def test_first_use_that_two_workers_have_seen(
+    notices: Notices, keys: KeyManager, store: PostgresStore, database: Database, observer: Connection
+) -> None:
+    """Workers that write the first use of the same keys at the same time have it told once."""
+    await insert_organization(store)
+    made = [await make(keys) for _ in range(5)]
+    workers = [UsageBuffer(database) for _ in range(4)]
+    for number, worker in enumerate(workers):
+        for key_id in made:
+            await use(worker, observer, key_id, 2e9 + number)
+    await asyncio.gather(*(worker.flush() for worker in workers))
+    await notices.work()
+    assert [["first_used"]] * 5 == [await types_of(observer, key_id) for key_id in made]
+
+
+async def test_keys_that_were_used_before_are_not_told_of(
+    notices: Notices, keys: KeyManager, store: PostgresStore, database: Database, observer: Connection
+) -> None:
+    """A key that had been used before anyone kept note, and has a new token now, is not told of as used first."""
+    await insert_organization(store)
+    key_id = await make(keys)
+    await observer.execute("UPDATE last_used SET used_time = now() - interval '1 day'")
+    await keys.rotate(ROOT_CALLER, key_id, timedelta(0))
+    usage = UsageBuffer(database)
+    await use(usage, observer, key_id)
+    await usage.flush()
+    await notices.work()
+    assert ["rotated"] == await types_of(observer, key_id)
