@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -13,6 +14,7 @@ from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.usage import UsageBuffer
 from support.databases import ROOT_CALLER, draft, insert_organization, next_id
+from support.records import KEY_RECORD
 
 TYPES = "SELECT type FROM event WHERE subject = $1 AND type NOT LIKE '%created' ORDER BY number"
 # As if so many days had passed for the keys and for what was noted of them.
@@ -126,7 +128,8 @@ async def test_what_expired_while_nobody_looked_is_told(
 
 async def use(buffer: UsageBuffer, observer: Connection, key_id: str, at_s: float = 2e9) -> None:
     """Takes note of a use of a key's newest token."""
-    buffer.record(await observer.fetchval("SELECT max(id) FROM secret WHERE key_id = $1", key_id), at_s)
+    secret_id = await observer.fetchval("SELECT max(id) FROM secret WHERE key_id = $1", key_id)
+    buffer.used(replace(KEY_RECORD, secret_id=secret_id), at_s)
 
 
 async def test_first_use_is_told_once(

@@ -25,6 +25,7 @@ NAMES: Final = (
     "",
     "apikeys.v1.KeyService",
     "apikeys.v1.AuditService",
+    "apikeys.v1.ImportService",
     "apikeys.v1.OrganizationService",
     "apikeys.v1.UsageService",
     "apikeys.v1.WebhookService",
