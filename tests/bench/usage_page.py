@@ -32,8 +32,8 @@ def write(keys: int, tables: tuple[Rows, Rows, Rows], *, compared: int, sizes: s
         paragraph(
             f"One worker's flush, with {keys:,} keys in the database, of so many keys at random that were answered with"
             f" VALID since the last one: their times, counts and their organizations' counts, {FLUSH_ROWS} keys in a"
-            " transaction. PostgreSQL is on the same machine, and most of the time is its. A piece of work is what the"
-            " worker does at a stretch, in processor time: for so long nobody else is answered."
+            " transaction. PostgreSQL is on the same machine, and its time is in the figures. A piece of work is what"
+            " the worker does at a stretch, in processor time: for so long nobody else is answered."
         ),
         "## What it takes to tell",
         as_markdown(queries),

@@ -11,6 +11,7 @@ import pytest
 from latchgate.domain.keys import KeyManager
 from latchgate.storage.notices import Notices
 from latchgate.storage.postgres import Connection, Database
+from latchgate.storage.purge import purge_keys
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.usage import UsageBuffer
 from support.databases import ROOT_CALLER, draft, insert_organization, next_id
@@ -180,3 +181,20 @@ async def test_keys_that_were_used_before_are_not_told_of(
     await usage.flush()
     await notices.work()
     assert ["rotated"] == await types_of(observer, key_id)
+
+
+async def test_removed_keys_leave_nothing(
+    keys: KeyManager, store: PostgresStore, database: Database, observer: Connection
+) -> None:
+    """A key that is removed for good takes with it what was noted of it."""
+    await insert_organization(store)
+    key_id = await make(keys)
+    usage = UsageBuffer(database)
+    await use(usage, observer, key_id)
+    await usage.flush()
+    await keys.delete(ROOT_CALLER, key_id)
+    assert 1 == await observer.fetchval("SELECT count(*) FROM key_notice")
+    await observer.execute("UPDATE key SET delete_time = delete_time - interval '31 days' WHERE id = $1", key_id)
+    await purge_keys(database)
+    assert await store.get_key(key_id) is None
+    assert 0 == await observer.fetchval("SELECT count(*) FROM key_notice")

@@ -9,7 +9,7 @@ import grpc
 from support.databases import Fault, connected, fault_proxy, until
 from support.service import RunningService, run_service
 
-ROUNDS = 32
+ROUNDS = 24
 
 
 async def ask(service: RunningService, token: str, times: int) -> int:

@@ -90,6 +90,7 @@ def assert_one_line(complaint: str, *names: str) -> None:
         ("POOL_SIZE", "many"),
         ("USAGE_FLUSH_SECONDS", "0"),
         ("USAGE_FLUSH_SECONDS", "nan"),
+        ("USAGE_RETENTION_DAYS", "0"),
         ("DRAIN_SECONDS", "-1"),
         ("DRAIN_SECONDS", "inf"),
         ("VALIDATE_ACCESS", "closed"),
