@@ -172,7 +172,7 @@ async def _fill(url: str, keys: int, tokens: int) -> Seeded:
     arguments: dict[int, tuple[object, ...]] = {1: (keys,), 2: (keys,), 3: (keys, len(minted), digests, hints)}
     connection = await asyncpg.connect(url)
     try:
-        async with without_indexes(connection, ("key", "secret", "last_used")):
+        async with without_indexes(connection, ("key", "secret", "last_used", "key_notice")):
             for position, statement in enumerate(_FILL):
                 await connection.execute(statement, *arguments.get(position, ()))
         # What a server does by itself within its first hour, done before it is measured.

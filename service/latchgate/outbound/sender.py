@@ -8,7 +8,6 @@ import ssl
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from time import perf_counter
 from typing import Any, Final
@@ -127,7 +126,7 @@ class WebhookSender:
                 URL(url, encoded=True), data=body.encode(), headers=headers, allow_redirects=False
             ) as answer:
                 status = answer.status
-                retry_after_s = _retry_after_s(answer.headers.get("retry-after", ""))
+                retry_after_s = _retry_after_s(answer.headers)
                 await _let_pass(answer)
         except (aiohttp.ClientError, OSError, ValueError) as failure:
             # What comes after the status does not change it.
@@ -171,14 +170,17 @@ def _error(failure: Exception) -> DeliveryError:
     return next(fitting, DeliveryError.ANSWER_UNREADABLE)
 
 
-def _retry_after_s(text: str) -> float:
-    """Reads a Retry-After header (RFC 9110, 10.2.3): seconds or a date; 0 for none that can be read."""
+def _retry_after_s(headers: Mapping[str, str]) -> float:
+    """Reads the header Retry-After (RFC 9110, 10.2.3): seconds, or a date; 0 for none that can be read.
+
+    A date is one of the receiver's clock, and so is compared with when it says that it has answered.
+    """
+    text = headers.get("retry-after", "")
     if text.isascii() and text.isdigit():
         return float(text[:MAX_DIGITS])
     try:
-        until = parsedate_to_datetime(text)
-    except ValueError:
+        wait = parsedate_to_datetime(text) - parsedate_to_datetime(headers.get("date", ""))
+    except (ValueError, TypeError):
+        # One has a zone and the other none, or either is no date.
         return 0.0
-    if until.tzinfo is None:
-        return 0.0
-    return max(0.0, (until - datetime.now(UTC)).total_seconds())
+    return max(0.0, wait.total_seconds())
