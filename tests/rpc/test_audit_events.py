@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import trustme
 from google.protobuf import json_format, timestamp_pb2
 from google.protobuf.struct_pb2 import Struct
 
@@ -16,8 +18,10 @@ from apikeys.v1 import audit_service_pb2 as pb
 from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
+from apikeys.v1.audit_service_pb2_grpc import AuditServiceStub
+from latchgate.app import serving
 from support.keys import NOBODYS_KEY, Tenant, database_of, update_organization
-from support.service import Metadata, RunningService, bearer, refusal
+from support.service import ROOT_TOKEN, Metadata, RunningService, bearer, make_settings, refusal
 from support.transport import MANAGEMENT_METHODS, call, good_request, label_of
 from support.webhooks import plant_webhooks
 
@@ -305,3 +309,27 @@ async def test_calls_at_once(acme: Tenant) -> None:
     assert sorted((event.event_time.ToNanoseconds() for event in events), reverse=True) == [
         event.event_time.ToNanoseconds() for event in events
     ]
+
+
+async def test_the_callers_certificate(database_url: str, tmp_path: Path) -> None:
+    """With mutual TLS the subject of the client's certificate is recorded beside its key."""
+    authority = trustme.CA()
+    server = authority.issue_cert("localhost")
+    client = authority.issue_cert("deployer.example.com", common_name="deployer")
+    server.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    server.private_key_pem.write_to_path(tmp_path / "key.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    credentials = grpc.ssl_channel_credentials(
+        authority.cert_pem.bytes(), client.private_key_pem.bytes(), client.cert_chain_pems[0].bytes()
+    )
+    files = {"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem", "tls_client_ca": tmp_path / "ca.pem"}
+    async with serving(make_settings(database_url, **files)) as running:
+        await running.ready
+        async with grpc.aio.secure_channel(f"localhost:{running.server.port}", credentials) as channel:
+            stub: Any = AuditServiceStub(channel)
+            request, root = pb.ListAuditEventsRequest(organization_id="org_root"), bearer(ROOT_TOKEN)
+            await stub.ListAuditEvents(request, metadata=root)
+            events = (await stub.ListAuditEvents(request, metadata=root)).events
+    assert ["AuditService/ListAuditEvents", ""] == [event.method for event in events]
+    assert "CN=deployer" in events[0].certificate
+    assert "" == events[1].certificate

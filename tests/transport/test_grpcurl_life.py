@@ -146,6 +146,27 @@ async def test_webhook(database_url: str) -> None:
         assert {} == await terminal.ask("WebhookService/ListWebhooks", organization_id="acme")
 
 
+async def test_audit_trail(terminal: Terminal) -> None:
+    """What was done to a key, and who has tried it since, is shown."""
+    await terminal.ask("OrganizationService/CreateOrganization", organization_id="acme", name="Acme")
+    created = await terminal.ask("KeyService/CreateKey", organization_id="acme", name="ci")
+    key_id = created["key"]["id"]
+    await terminal.ask("KeyService/RevokeKey", key_id=key_id, reason="leaked")
+    assert "REVOKED" == await terminal.outcome(created["token"], client_ip="192.0.2.7")
+    listed = await terminal.ask("AuditService/ListAuditEvents", organization_id="acme", entity_id=key_id)
+    assert [("2", "leaked"), ("1", "")] == [
+        (str(each["after"]["version"]), each["after"]["revoke_reason"]) for each in listed["events"]
+    ]
+
+    async def is_shown() -> bool:
+        shown = await terminal.ask("AuditService/ListSuspiciousUse", organization_id="acme")
+        return [("192.0.2.7", key_id, "1")] == [
+            (each["source"], each["key_id"], each["count"]) for each in shown.get("uses", ())
+        ]
+
+    await eventually(is_shown)
+
+
 async def test_mistakes_are_told_clearly(terminal: Terminal) -> None:
     """Each mistake of a newcomer is answered with a reason for programs and a sentence that says what to do."""
     await terminal.ask("OrganizationService/CreateOrganization", organization_id="acme", name="Acme")
