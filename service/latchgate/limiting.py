@@ -12,7 +12,6 @@ import structlog
 from latchgate.domain.allotments import Allotments
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.domain.ports import RateAnswer, RateAsk, RateStore
-from latchgate.domain.shares import WINDOW_SLOTS
 
 # How often what there is to report and to ask goes out. Drawn anew each time, so that no worker is always the first to
 # ask for what has just left a window.
@@ -26,8 +25,9 @@ PATIENCE_S: Final = 0.25
 LONG_PATIENCE_S: Final = 1.0
 # How often a store that nobody needs is asked nevertheless.
 HEAR_S: Final = 5.0
-# For how long a worker lets nothing through without a word: a whole window, and the time to hear of all others.
-SETTLE_S: Final = WINDOW_SLOTS + HEAR_S
+# For how long a worker lets nothing through without a word: until all that have started together have heard of each
+# other.
+SETTLE_S: Final = 2 * HEAR_S
 # How often a store that is away is tried.
 TRY_PAUSE_S: Final = 1.0
 # A statement that failed within this time is sent again, once: it most likely met a connection that was lost before.

@@ -160,7 +160,7 @@ async def _load(cluster: Cluster, seeded: Seeded, load: tuple[int, int, int], se
     """Counts calls for keys at random against PostgreSQL, as a worker does, without the calls themselves."""
     keys, rate, limit = load
     store, statements = PostgresRateStore(rate_link(seeded.url)), Statements()
-    # As after a worker's first minute.
+    # As after a worker's first seconds.
     with mock.patch("latchgate.limiting.SETTLE_S", 0.0):
         limiter = SharedLimiter(store=store, clock=boottime, observer=statements)
     running = asyncio.create_task(limiter.run())

@@ -125,7 +125,7 @@ async def test_a_key_that_is_used_now_and_then_does_not_wait(pair: Pair) -> None
 
 
 async def test_a_key_far_from_its_limit_leaves_no_trace(pair: Pair) -> None:
-    """Of a key that uses less than a twentieth of its limit the windows are told nothing, and nobody waits."""
+    """Of a key that uses less than a sixtieth of its limit the windows are told nothing, and nobody waits."""
     tenant = await make_tenant(pair[0], "acme")
     created = await tenant.key(rate_limit_per_minute=10_000)
     waits = [sample(service, "latchgate_rate_limit_waits_total") for service in pair]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from typing import Final
 from unittest import mock
@@ -116,18 +116,32 @@ class Worker:
 class Deployment:
     """Workers that share the limit of one key. All that is random comes from the seed."""
 
-    def __init__(self, seed: int, *, workers: int, most_delay_s: float = 0.005, settle_s: float = 0.0) -> None:
-        """Starts them, as if they had all been there for long, unless they are to take `settle_s`."""
+    def __init__(self, seed: int, *, workers: int, most_delay_s: float = 0.005, are_new: bool = False) -> None:
+        """Starts them, as if they had all been there for long, unless they are to be new."""
         self.world = World(seed)
         part = self.world.random.random()
         self.store = MemoryRateStore(lambda: EPOCH_S + part + self.world.now_s, workers)
-        with mock.patch("latchgate.limiting.SETTLE_S", settle_s):
-            self.workers = [Worker(self.world, self.store, most_delay_s) for _ in range(workers)]
+        self._most_delay_s = most_delay_s
+        self.workers: list[Worker] = []
+        for _ in range(workers):
+            self.join(is_new=are_new)
+
+    def join(self, *, is_new: bool = True) -> Worker:
+        """Starts another worker."""
+        old = mock.patch("latchgate.limiting.SETTLE_S", 0.0)
+        with nullcontext() if is_new else old:
+            worker = Worker(self.world, self.store, self._most_delay_s)
+        self.workers.append(worker)
+        return worker
 
     def load(self, limit: int, a_second: float, until_s: float, cost: int = 1) -> None:
         """Has each worker asked at its own irregular times, so often on average."""
         for worker in self.workers:
-            self._come(worker, limit, cost, a_second, until_s)
+            self.load_of(worker, limit, a_second, until_s, cost)
+
+    def load_of(self, worker: Worker, limit: int, a_second: float, until_s: float, cost: int = 1) -> None:
+        """Has one of them asked so."""
+        self._come(worker, limit, cost, a_second, until_s)
 
     def _come(self, worker: Worker, limit: int, cost: int, a_second: float, until_s: float) -> None:
         def come() -> None:

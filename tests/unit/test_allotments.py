@@ -336,10 +336,10 @@ def test_farewell() -> None:
 
 
 def test_standing_permits() -> None:
-    """Of a twentieth of the limit, by halves for each window of the clock's, the store is never told; no more."""
+    """Of a twentieth of the limit, by thirds for each window of the clock's, the store is never told; no more."""
     bench = Bench(limit=1000, workers=2)
     bench.exchange()
-    assert [True] * 12 == [bool(bench.take()) for _ in range(12)]
+    assert [True] * 8 == [bool(bench.take()) for _ in range(8)]
     assert [] == bench.exchange()
     bench.take()
     bench.exchange()
@@ -347,7 +347,7 @@ def test_standing_permits() -> None:
     told = bench.used
     # The same again in the next window of the clock's, and what has expired is not given back to the store.
     bench.clock.advance(WINDOW_SLOTS)
-    for _ in range(12):
+    for _ in range(8):
         assert bench.take()
     bench.clock.advance(3 * WINDOW_SLOTS)
     bench.take()

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from latchgate.domain.shares import WINDOW_SLOTS
-from latchgate.limiting import PATIENCE_S, SETTLE_S
+from latchgate.limiting import PATIENCE_S
 from support.shared_limits import KEY, deployment
 
 bursts = st.lists(st.tuples(st.floats(0, 70), st.integers(1, 30), st.integers(0, 4)), max_size=25)
@@ -144,23 +143,46 @@ def test_a_worker_that_goes_leaves_nothing_behind(seed: int) -> None:
         deployed.world.at(9.0, lambda: None)
         deployed.run(8.0)
         # But for what it may let through without a word.
-        assert len(deployed.admitted) == sum(deployed.store.windows["key_1"].values()) + 150
+        assert len(deployed.admitted) == sum(deployed.store.windows["key_1"].values()) + 100
 
 
 def test_workers_that_start_together() -> None:
     """Workers that have not heard of each other yet let nothing through without a word, so that the bound holds from
-    the beginning; later they do.
+    the beginning; a little later they do.
     """
     limit, workers = 6000, 5
-    with deployment(13, workers=workers, settle_s=SETTLE_S) as deployed:
+    with deployment(13, workers=workers, are_new=True) as deployed:
         # As each sees it before the others have joined.
         deployed.store.workers = 1
-        deployed.world.at(1.0, setattr, deployed.store, "workers", workers)
+        deployed.world.at(4.0, setattr, deployed.store, "workers", workers)
         deployed.load(limit, 60.0, 64.0)
-        deployed.run(SETTLE_S + WINDOW_SLOTS)
-        assert deployed.most_in_a_minute() <= limit + workers
+        deployed.run(130.0)
+        assert deployed.most_in_a_minute() <= 1.05 * limit + workers
         before = deployed.store.newest[KEY]
-        deployed.load(limit, 0.3, SETTLE_S + WINDOW_SLOTS + 40.0)
-        deployed.run(SETTLE_S + WINDOW_SLOTS + 42.0)
-        assert deployed.total(SETTLE_S + WINDOW_SLOTS, SETTLE_S + WINDOW_SLOTS + 42.0) > 30
+        deployed.load(limit, 0.1, 170.0)
+        deployed.run(172.0)
+        assert deployed.total(130.0, 172.0) > 10
         assert deployed.store.newest[KEY] == before
+
+
+def test_workers_that_follow_upon_others() -> None:
+    """When all workers are replaced within a minute, the bound holds for what those before and those after them let
+    through together.
+    """
+    limit, workers = 6000, 3
+    with deployment(17, workers=workers) as deployed:
+        deployed.world.at(200.0, lambda: None)
+        deployed.run(40.0)
+        # In two windows of the clock's more than they may let through without a word.
+        deployed.load(limit, 3.0, 75.0)
+        deployed.run(76.0)
+        for worker in tuple(deployed.workers):
+            worker.stop()
+        deployed.run(78.0)
+        successors = [deployed.join() for _ in range(workers)]
+        deployed.run(89.0)
+        for worker in successors:
+            deployed.load_of(worker, limit, 400.0, 99.0)
+        deployed.run(101.0)
+        assert limit < deployed.total(40.0, 100.0)
+        assert deployed.most_in_a_minute() <= 1.05 * limit + 2 * workers

@@ -52,8 +52,7 @@ class Allotments:
     def __init__(self, clock: Callable[[], float], max_keys: int = MAX_KEYS, *, stands_after_s: float = NEVER) -> None:
         """Takes a clock in seconds that never goes back, and goes on while the machine is suspended.
 
-        Standing permits are taken from `stands_after_s` on: when all workers have heard how many they are, and what
-        others have let through that are gone has left the window.
+        Standing permits are taken from `stands_after_s` on: when all workers have heard how many they are.
         """
         self._clock = clock
         self._stands_after_s = stands_after_s

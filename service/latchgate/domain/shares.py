@@ -26,8 +26,9 @@ LOOK_AGAIN_S: Final = 0.35
 STEADY: Final = 4.0
 
 
-# What part of a limit the workers may let through together without telling the store of it. Half of it is for each
-# window of the clock's: of two that a minute touches it is the whole.
+# What part of a limit the workers may let through together without telling the store of it. A third of it is for each
+# window of the clock's, of which a minute touches two; the last third is for workers that take the place of others,
+# which have let their own part through.
 STANDING_PART: Final = 0.05
 # Stands for the slot of permits that were never taken from one.
 _NOWHERE: Final = -1
@@ -134,7 +135,7 @@ class Share:
         block = int(now_s // WINDOW_SLOTS)
         if block != self.block:
             self.block = block
-            count = int(limit * STANDING_PART / 2) // workers
+            count = int(limit * STANDING_PART / 3) // workers
             if count:
                 # The last ones to be used: they last longest.
                 self.layers.append(_Layer(_NOWHERE, count, (block + 1.0) * WINDOW_SLOTS))
