@@ -126,6 +126,10 @@ class FaultyWire:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._listener is None:
+            # It was on its way in when the wire began to refuse.
+            writer.transport.abort()
+            return
         self.accepted += 1
         self._has_accepted.set()
         link = _Link(client=writer)
