@@ -13,9 +13,10 @@ from typing import Final
 from latchgate.rpc.pipeline import Pipeline
 from latchgate.rpc.server import RpcServer
 
-# Long enough for grpc's own threads to read what has arrived on a busy machine, short for whoever waits.
-QUIET_S: Final = 0.02
-MAX_HOLD_S: Final = 0.1
+# Long enough for a client on a busy machine to send its next call, and for grpc's own threads to read it; short for
+# whoever waits: gateways wait 200 ms for a verdict if nothing else is set (Envoy's ext_authz).
+QUIET_S: Final = 0.05
+MAX_HOLD_S: Final = 0.15
 # grpc closes its port on a thread of its own, a moment after it was told to.
 CLOSE_S: Final = 0.002
 MAX_CLOSE_S: Final = 0.5

@@ -19,12 +19,11 @@ from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from latchgate.storage.postgres import Connection
 from latchgate.storage.queries import MIGRATION_LOCK
 from support.databases import connected, until
-from support.fleets import DEADLINE_S, OWN_CONNECTION, Fleet, Samples, clients, fleet, gone_back, total, value
+from support.fleets import DEADLINE_S, OWN_CONNECTION, Fleet, fleet, gone_back, total, value
 from support.processes import SERVE, environment, is_running, latchgate, postmaster, run_latchgate, until_gone
 
 WORKERS = (1, 2)
 UNKNOWN = "no token"
-CLIENTS = 6
 CONNECTIONS = 40
 """So many that they do not all land on the same of two workers, but once in a million of millions of times."""
 
@@ -50,13 +49,6 @@ async def is_waiting_for_lock(connection: Connection) -> bool:
         "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'secret'::regclass)"
     )
     return waiting
-
-
-async def stop(service: Fleet) -> None:
-    """Tells a service to stop, and demands that it does in good order."""
-    service.process.tell(signal.SIGTERM)
-    assert 0 == await service.process.ended()
-    assert [] == service.events("worker_killed")
 
 
 async def test_workers_share_the_port_for_gateways(database_url: str, tmp_path: Path) -> None:
@@ -105,7 +97,7 @@ async def test_workers_share_the_port(database_url: str, tmp_path: Path) -> None
         assert 2 == value(after, "latchgate_workers", state="ready")
         assert value(after, "latchgate_last_used_pending") >= 0
         assert 2 == len({*service.pids(1), *service.pids(2)})
-        await stop(service)
+        await service.stop()
 
 
 async def test_worker_that_dies_is_replaced(database_url: str, tmp_path: Path) -> None:
@@ -126,7 +118,7 @@ async def test_worker_that_dies_is_replaced(database_url: str, tmp_path: Path) -
         assert total(before, "latchgate_calls_total") + CONNECTIONS <= total(after, "latchgate_calls_total")
         assert 1 == value(after, "latchgate_worker_deaths_total")
         assert 1 == len(service.pids(2))
-        await stop(service)
+        await service.stop()
 
 
 async def test_successor_takes_no_calls_before_it_is_ready(database_url: str, tmp_path: Path) -> None:
@@ -159,36 +151,6 @@ async def test_workers_that_die_again_and_again(database_url: str, tmp_path: Pat
     assert "SIGKILL" in complaints[0]
 
 
-async def test_workers_are_renewed(database_url: str, tmp_path: Path) -> None:
-    """At SIGHUP every worker is replaced, and no call fails of clients that move to another connection when they are
-    told to. No counter goes back meanwhile, and in the end the figures are all there.
-    """
-    async with fleet(database_url, tmp_path) as service:
-        start = await service.counters()
-        async with clients(service.address, CLIENTS) as load:
-            await load.until_answered(20 * CLIENTS)
-            seen: list[Samples] = [await service.counters()]
-            service.process.tell(signal.SIGHUP)
-
-            async def scraped_until_renewed() -> bool:
-                seen.append(await service.counters())
-                return bool(service.events("workers_renewed"))
-
-            await until(scraped_until_renewed, DEADLINE_S)
-            await load.until_answered(20 * CLIENTS)
-        assert {} == load.failed
-        end = await service.counters()
-        assert [] == [
-            went for before, after in zip(seen, [*seen[1:], end], strict=True) if (went := gone_back(before, after))
-        ]
-        assert load.answered == total(end, "latchgate_calls_total") - total(start, "latchgate_calls_total")
-        assert 0 == value(end, "latchgate_worker_deaths_total")
-        assert [2, 2] == [len(set(service.pids(worker))) for worker in WORKERS]
-        for worker in WORKERS:
-            await until_gone(service.pids(worker)[0])
-        await stop(service)
-
-
 async def test_renewal_that_fails(database_url: str, tmp_path: Path) -> None:
     """When the new workers do not start, at SIGHUP, those that are there go on, and the log says why."""
     scopes = tmp_path / "scopes.toml"
@@ -203,7 +165,7 @@ async def test_renewal_that_fails(database_url: str, tmp_path: Path) -> None:
         scopes.write_text('[scopes]\n"orders:write" = "Write orders."\n')
         service.process.tell(signal.SIGHUP)
         await service.until_event("workers_renewed")
-        await stop(service)
+        await service.stop()
 
 
 async def test_supervisor_is_killed(database_url: str, tmp_path: Path) -> None:
@@ -270,7 +232,7 @@ async def test_health_behind_tls(database_url: str, tmp_path: Path) -> None:
     async with fleet(database_url, tmp_path, **tls) as service:
         variables = environment(LISTEN=service.address, METRICS_LISTEN=service.metrics_address, **tls)
         assert (0, [], []) == await run_latchgate("health", tmp_path, variables)
-        await stop(service)
+        await service.stop()
 
 
 async def test_embedded_database_outlives_the_workers(folder: Path) -> None:
@@ -289,7 +251,7 @@ async def test_embedded_database_outlives_the_workers(folder: Path) -> None:
         async with grpc.aio.insecure_channel(service.address) as channel:
             stub: Any = KeyServiceStub(channel)
             await stub.Validate(keys_pb.ValidateRequest(token=token))
-        await stop(service)
+        await service.stop()
         assert [] == service.events("usage_lost")
         assert not is_running(database)
 
@@ -301,7 +263,7 @@ async def test_taken_port(database_url: str, tmp_path: Path) -> None:
         status, out, err = await run_latchgate("serve", tmp_path, variables)
         assert (1, [], 1) == (status, out, len(err)), err
         assert err[0].startswith(f"latchgate: LATCHGATE_LISTEN: {service.address} can not be listened on")
-        await stop(service)
+        await service.stop()
 
 
 async def test_supervisor_is_without_grpc() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -81,6 +82,12 @@ class Fleet:
             for each in family.samples
             if not each.name.endswith("_created")
         }
+
+    async def stop(self) -> None:
+        """Tells it to stop, and demands that it does in good order."""
+        self.process.tell(signal.SIGTERM)
+        assert 0 == await self.process.ended()
+        assert [] == self.events("worker_killed")
 
     def _scrape(self) -> str:
         with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=20) as answer:
