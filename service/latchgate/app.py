@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -39,6 +39,7 @@ from latchgate.housekeeping import keep_house
 from latchgate.ids import make_id
 from latchgate.limiting import SharedLimiter
 from latchgate.listening import PortError, Role, serve_metrics
+from latchgate.login import open_login
 from latchgate.observability import Metrics
 from latchgate.outgoing import send_out
 from latchgate.rpc import convert
@@ -319,7 +320,17 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
         suspicion=suspects,
     )
     suspicion = SuspicionStore(database, suspects)
-    pipeline.connect(_backend(parts, tokens, tag_key, validator, effects, suspicion))
+    login = open_login(
+        stack,
+        settings=settings,
+        background=background,
+        metrics=parts.metrics,
+        organizations=PostgresStore(database),
+        suspicion=suspects,
+        clock=boottime,
+    )
+    backend = _backend(parts, tokens, tag_key, validator, effects, suspicion)
+    pipeline.connect(replace(backend, login=login))
     parts.endpoint.connect(validator)
     watch = DatabaseWatch(probe, server, parts.metrics, background, coherence, reader)
     await watch.show(is_up=True)

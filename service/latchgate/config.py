@@ -146,6 +146,18 @@ def _mail_sender(value: str) -> str:
     return value
 
 
+def _issuer_url(value: str) -> str:
+    """Demands the address of an issuer, as in OpenID Connect Core 1.0, section 2: without a query or a password."""
+    try:
+        parts = urlsplit(value)
+        is_address = parts.scheme in {"https", "http"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address or parts.query or parts.fragment or "@" in parts.netloc or not value.isascii():
+        raise ValueError("must be the issuer's address as it writes it, such as https://login.example.com")
+    return value
+
+
 def _own_cores() -> int:
     """How many cores this process may run on."""
     return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
@@ -156,6 +168,7 @@ Secret = Annotated[SecretStr, AfterValidator(_long_enough)]
 TokenPrefix = Annotated[str, AfterValidator(_prefix)]
 Networks = Annotated[str, AfterValidator(_networks)]
 Days = Annotated[str, AfterValidator(_days)]
+IssuerUrl = Annotated[str, AfterValidator(_issuer_url)]
 MailSender = Annotated[str, AfterValidator(_mail_sender)]
 
 
@@ -184,6 +197,11 @@ class Settings(BaseSettings):
     validate_access: ValidateAccess = ValidateAccess.OPEN
     trusted_hops: int = Field(default=0, ge=0, le=10)
     scopes_file: Path | None = None
+    oidc_issuer: IssuerUrl | None = None
+    oidc_audience: str | None = Field(default=None, min_length=1, max_length=255)
+    oidc_organization_claim: str = Field(default="organization_id", min_length=1, max_length=255)
+    oidc_permissions_claim: str = Field(default="scope", min_length=1, max_length=255)
+    oidc_clock_skew_seconds: int = Field(default=30, ge=0, le=300)
     prefix_secret_live: TokenPrefix = "lk_"  # noqa: S105 - a prefix is public
     prefix_secret_test: TokenPrefix = "lk_test_"  # noqa: S105 - a prefix is public
     prefix_publishable_live: TokenPrefix = "lk_pk_"
@@ -247,6 +265,22 @@ class Settings(BaseSettings):
             raise ValueError("LATCHGATE_SMTP_USER and LATCHGATE_SMTP_PASSWORD: must be set together")
         if self.smtp_user and self.smtp_tls is SmtpTls.NONE:
             raise ValueError("LATCHGATE_SMTP_TLS: none would send LATCHGATE_SMTP_PASSWORD in plain text")
+        return self
+
+    @model_validator(mode="after")
+    def _check_issuer(self) -> Self:
+        if (self.oidc_issuer is None) != (self.oidc_audience is None):
+            raise ValueError(
+                "LATCHGATE_OIDC_ISSUER and LATCHGATE_OIDC_AUDIENCE: must be set together, so that a JWT "
+                "which the issuer has made for another service lets nobody in"
+            )
+        if self.oidc_issuer and self.oidc_issuer.startswith("http:") and not self.allow_plaintext:
+            host = urlsplit(self.oidc_issuer).netloc
+            if not _is_loopback(host if re.search(r":[0-9]+$", host) else f"{host}:80"):
+                raise ValueError(
+                    "LATCHGATE_OIDC_ISSUER: whoever is on the way could give out keys of its own over http; use https, "
+                    "or set LATCHGATE_ALLOW_PLAINTEXT=true"
+                )
         return self
 
     @model_validator(mode="after")

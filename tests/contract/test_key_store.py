@@ -558,7 +558,7 @@ async def test_caller_that_was_ended_is_not_in_use_for_who_began_before(
             await observer.execute("UPDATE key SET expire_time = clock_timestamp() WHERE id = $1", key.id)
 
         assert not await transaction.is_in_use(secret_id)
-        assert await transaction.is_in_use(ROOT_CALLER.secret_id)
+        assert await transaction.is_in_use(1)
 
 
 async def test_caller_can_not_be_ended_before_its_change_is(

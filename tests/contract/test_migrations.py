@@ -17,7 +17,7 @@ from latchgate.storage.migrate import SchemaError, check_server, migrate
 from latchgate.storage.postgres import Connection
 from support.databases import connected, fault_proxy, started_and_waiting
 
-HEAD = "0007"
+HEAD = "0009"
 TABLES = {
     "alembic_version",
     "audit_event",

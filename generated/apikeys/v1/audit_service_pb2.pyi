@@ -44,14 +44,15 @@ class AuditEvent(_message.Message):
     CODE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     HASH_FIELD_NUMBER: _builtins.int
+    ACTOR_SUBJECT_FIELD_NUMBER: _builtins.int
     organization_id: _builtins.str
     """The organization that it was about. Refused calls are in the trail of the caller's own."""
     sequence: _builtins.int
     """Its place in the organization's trail: 1, 2, 3 and so on, without gaps."""
     actor_key_id: _builtins.str
-    """The key whose token the caller has presented. Empty: the service's own work."""
+    """The key whose token the caller has presented. Empty: a JWT was presented, or it is the service's own work."""
     actor_organization_id: _builtins.str
-    """The organization of that key."""
+    """The organization of that key, or that the JWT names."""
     certificate: _builtins.str
     """The subject of the caller's certificate, where it has presented one."""
     peer: _builtins.str
@@ -72,6 +73,10 @@ class AuditEvent(_message.Message):
     """Why it was refused: the reason of its google.rpc.ErrorInfo."""
     hash: _builtins.str
     """The event's hash in hexadecimal digits; see docs/audit.md on what it covers."""
+    actor_subject: _builtins.str
+    """Whose the JWT was that the caller has presented: its issuer and subject, as in `https://login.example.com#248289761001`.
+    Empty: a key was presented, or it is the service's own work.
+    """
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
         """When it was recorded, by the database's clock."""
@@ -104,10 +109,11 @@ class AuditEvent(_message.Message):
         code: _builtins.str = ...,
         reason: _builtins.str = ...,
         hash: _builtins.str = ...,
+        actor_subject: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "event_time", b"event_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_key_id", b"actor_key_id", "actor_organization_id", b"actor_organization_id", "after", b"after", "before", b"before", "certificate", b"certificate", "code", b"code", "entity", b"entity", "entity_id", b"entity_id", "event_time", b"event_time", "hash", b"hash", "method", b"method", "organization_id", b"organization_id", "peer", b"peer", "reason", b"reason", "request_id", b"request_id", "revision", b"revision", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_key_id", b"actor_key_id", "actor_organization_id", b"actor_organization_id", "actor_subject", b"actor_subject", "after", b"after", "before", b"before", "certificate", b"certificate", "code", b"code", "entity", b"entity", "entity_id", b"entity_id", "event_time", b"event_time", "hash", b"hash", "method", b"method", "organization_id", b"organization_id", "peer", b"peer", "reason", b"reason", "request_id", b"request_id", "revision", b"revision", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -129,6 +135,7 @@ class ListAuditEventsRequest(_message.Message):
     CODE_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    ACTOR_SUBJECT_FIELD_NUMBER: _builtins.int
     organization_id: _builtins.str
     """The organization. Empty: the caller's. Only a root key may name another."""
     page_size: _builtins.int
@@ -145,6 +152,8 @@ class ListAuditEventsRequest(_message.Message):
     """Only calls of this method, such as `KeyService/RevokeKey`."""
     code: _builtins.str
     """Only calls that ended like this, such as `OK` or `PERMISSION_DENIED`."""
+    actor_subject: _builtins.str
+    """Only what was done with a JWT of this issuer and subject."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """Only what was recorded then or later."""
@@ -166,10 +175,11 @@ class ListAuditEventsRequest(_message.Message):
         code: _builtins.str = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        actor_subject: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_key_id", b"actor_key_id", "code", b"code", "end_time", b"end_time", "entity", b"entity", "entity_id", b"entity_id", "method", b"method", "organization_id", b"organization_id", "page_size", b"page_size", "page_token", b"page_token", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_key_id", b"actor_key_id", "actor_subject", b"actor_subject", "code", b"code", "end_time", b"end_time", "entity", b"entity", "entity_id", b"entity_id", "method", b"method", "organization_id", b"organization_id", "page_size", b"page_size", "page_token", b"page_token", "start_time", b"start_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

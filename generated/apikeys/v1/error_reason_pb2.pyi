@@ -37,8 +37,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_CREDENTIALS_MISSING: _ErrorReason.ValueType  # 5
     """UNAUTHENTICATED. The call carries no `authorization: Bearer <token>`."""
     ERROR_REASON_CREDENTIALS_INVALID: _ErrorReason.ValueType  # 6
-    """UNAUTHENTICATED. The call's token is not accepted. Metadata `outcome`: what Validate says of it; left out where the
-    `authorization` metadata holds no one token.
+    """UNAUTHENTICATED. The call's token is not accepted. Metadata `outcome`: what Validate says of it; left out for a JWT, and
+    where the `authorization` metadata holds no one token.
     """
     ERROR_REASON_ORGANIZATION_INACTIVE: _ErrorReason.ValueType  # 7
     """PERMISSION_DENIED. The caller's organization is inactive."""
@@ -124,6 +124,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT. An ImportKeys call has sent more than 1,000,000 rows. Those that were answered are stored; send the
     rest in another call.
     """
+    ERROR_REASON_ISSUER_UNAVAILABLE: _ErrorReason.ValueType  # 58
+    """UNAVAILABLE. The call carries a JWT, and the keys of its issuer can not be read. Try again."""
+    ERROR_REASON_KEY_REQUIRED: _ErrorReason.ValueType  # 59
+    """PERMISSION_DENIED. The method acts on the caller's own key, and the call carries a JWT. Present the key."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of the google.rpc.ErrorInfo (domain `latchgate`) that every error carries. What is sent is the name without
@@ -146,8 +150,8 @@ ERROR_REASON_SCOPE_UNKNOWN: ErrorReason.ValueType  # 4
 ERROR_REASON_CREDENTIALS_MISSING: ErrorReason.ValueType  # 5
 """UNAUTHENTICATED. The call carries no `authorization: Bearer <token>`."""
 ERROR_REASON_CREDENTIALS_INVALID: ErrorReason.ValueType  # 6
-"""UNAUTHENTICATED. The call's token is not accepted. Metadata `outcome`: what Validate says of it; left out where the
-`authorization` metadata holds no one token.
+"""UNAUTHENTICATED. The call's token is not accepted. Metadata `outcome`: what Validate says of it; left out for a JWT, and
+where the `authorization` metadata holds no one token.
 """
 ERROR_REASON_ORGANIZATION_INACTIVE: ErrorReason.ValueType  # 7
 """PERMISSION_DENIED. The caller's organization is inactive."""
@@ -233,4 +237,8 @@ ERROR_REASON_IMPORT_TOO_LONG: ErrorReason.ValueType  # 55
 """INVALID_ARGUMENT. An ImportKeys call has sent more than 1,000,000 rows. Those that were answered are stored; send the
 rest in another call.
 """
+ERROR_REASON_ISSUER_UNAVAILABLE: ErrorReason.ValueType  # 58
+"""UNAVAILABLE. The call carries a JWT, and the keys of its issuer can not be read. Try again."""
+ERROR_REASON_KEY_REQUIRED: ErrorReason.ValueType  # 59
+"""PERMISSION_DENIED. The method acts on the caller's own key, and the call carries a JWT. Present the key."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

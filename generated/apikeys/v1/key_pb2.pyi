@@ -207,7 +207,7 @@ class Key(_message.Message):
     etag: _builtins.str
     """Changes with every change of the key. Give it back in UpdateKey to be sure not to overwrite another's change."""
     created_by: _builtins.str
-    """The id of the key that made this one. Empty for the key that the service made for itself."""
+    """The id of the key that made this one, or the issuer and subject of the JWT, as in AuditEvent.actor_subject. Empty for the key that the service made for itself."""
     revoke_reason: _builtins.str
     """The reason given when the key was revoked."""
     @_builtins.property

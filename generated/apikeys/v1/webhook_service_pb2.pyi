@@ -158,7 +158,7 @@ class Webhook(_message.Message):
     disable_reason: Global___WebhookDisableReason.ValueType
     """Why it is disabled. UNSPECIFIED while it is enabled."""
     created_by: _builtins.str
-    """The id of the key that made it."""
+    """The id of the key that made it, or the issuer and subject of the JWT, as in AuditEvent.actor_subject."""
     etag: _builtins.str
     """Changes with every change. Give it back in UpdateWebhook to be sure not to overwrite another's change."""
     @_builtins.property

@@ -87,9 +87,10 @@ def require_held_to_widen(caller: Caller, key: Key, updated: Key) -> None:
 async def require_still_in_use(caller: Caller, transaction: Transaction) -> None:
     """Demands that the caller's own key was not ended while its call waited for a lock.
 
-    Whoever has revoked a key must not find its traces afterwards. Raises CredentialsInvalidError.
+    Whoever has revoked a key must not find its traces afterwards. A JWT can not be ended. Raises
+    CredentialsInvalidError.
     """
-    if not await transaction.is_in_use(caller.secret_id):
+    if caller.secret_id is not None and not await transaction.is_in_use(caller.secret_id):
         raise CredentialsInvalidError(
             "the calling token was ended while the call was under way; nothing was changed",
             outcome=Outcome.REVOKED.name,

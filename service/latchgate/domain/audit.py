@@ -41,7 +41,8 @@ class AuditEntry:
 class AuditEvent:
     """An entry in its place: who did it, from where, when, and as which event of its organization.
 
-    Without an actor it is the service's own work. `certificate` is the subject of the client's certificate, empty where
+    Without an actor it is the service's own work. `actor_subject` is that of the caller's JWT, empty where it has shown
+    a key. `certificate` is the subject of the client's certificate, empty where
     there was none. Sequences begin with 1 and have no gaps; times do not go back within an organization.
     """
 
@@ -61,6 +62,7 @@ class AuditEvent:
     revision: int
     code: str
     reason: str
+    actor_subject: str = ""
 
     @classmethod
     def of(cls, entry: AuditEntry, caller: Caller | None, *, sequence: int, event_time: datetime) -> AuditEvent:
@@ -83,6 +85,7 @@ class AuditEvent:
             revision=entry.revision,
             code=entry.code,
             reason=entry.reason,
+            actor_subject=caller.subject if caller else "",
         )
 
 
@@ -92,6 +95,7 @@ class AuditFilter:
 
     organization_id: str
     actor_key_id: str = ""
+    actor_subject: str = ""
     entity: str = ""
     entity_id: str = ""
     method: str = ""
@@ -116,9 +120,11 @@ def chain(previous: bytes, event: AuditEvent) -> bytes:
 def canonical(event: AuditEvent) -> bytes:
     """Writes an event as it is hashed: JSON in UTF-8, names sorted, without spaces, its time in UTC to the microsecond.
 
-    Names are the fields' own; nothing is left out.
+    Names are the fields' own; nothing is left out but an `actor_subject` that is empty, which the first events had not.
     """
     fields: dict[str, object] = {name: getattr(event, name) for name in AuditEvent.__slots__}
+    if not event.actor_subject:
+        del fields["actor_subject"]
     fields["event_time"] = event.event_time.isoformat(timespec="microseconds")
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 

@@ -79,6 +79,10 @@ class RootRequiredError(DeniedError):
     """Only root may do this."""
 
 
+class KeyRequiredError(DeniedError):
+    """The method acts on the caller's own key, and the caller has presented a JWT."""
+
+
 class PermissionNotHeldError(DeniedError):
     """The caller would hand out a permission that it lacks."""
 
@@ -213,6 +217,10 @@ class StorageUnavailableError(UnavailableError):
 
 class WriteUnknownError(UnavailableError):
     """The database went away while a change was being stored; it may or may not hold."""
+
+
+class IssuerUnavailableError(UnavailableError):
+    """The issuer's keys can not be read."""
 
 
 class LookupBudgetError(UnavailableError):

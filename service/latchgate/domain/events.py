@@ -8,22 +8,26 @@ from datetime import UTC, datetime
 from typing import Any
 
 from latchgate.domain.mail import recipient_of
-from latchgate.domain.model import Key, Secret
+from latchgate.domain.model import Caller, Key, Secret
 from latchgate.domain.outbox import Event, EventType, Webhook
 from latchgate.domain.ports import IdMaker
 
 
-def key_event(make_id: IdMaker, event_type: EventType, key: Key, actor_key_id: str = "") -> Event:
-    """Makes an event about a key as it is now."""
+def key_event(make_id: IdMaker, event_type: EventType, key: Key, actor: Caller | None = None) -> Event:
+    """Makes an event about a key as it is now; without an actor it was time that has made the change."""
     event_id = make_id("evt_")
-    data = {"key": key_view(key), "actor_key_id": actor_key_id}
+    data = {
+        "key": key_view(key),
+        "actor_key_id": actor.key_id if actor else "",
+        "actor_subject": actor.subject if actor else "",
+    }
     return Event(
         id=event_id,
         type=event_type,
         organization_id=key.organization_id,
         subject=key.id,
         body=event_body(event_id, event_type, key.read_time, data),
-        mail_to=recipient_of(event_type, key, actor_key_id),
+        mail_to=recipient_of(event_type, key, actor.id if actor else ""),
     )
 
 

@@ -109,7 +109,7 @@ class KeyImporter:
             return (), {}
         ids = sorted(self._make_id("key_") for _ in firsts)
         keys = dict(zip(ids, firsts.values(), strict=True))
-        stored = await transaction.import_keys(organization.id, caller.key_id, keys)
+        stored = await transaction.import_keys(organization.id, caller.id, keys)
         if organization.key_count + len(stored) > organization.max_keys:
             raise KeyLimitReachedError(
                 f"organization {organization.id} has {organization.key_count} keys, plan {organization.plan_id} allows "

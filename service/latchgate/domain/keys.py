@@ -114,10 +114,10 @@ class KeyManager:
             await access.require_still_in_use(caller, transaction)
             minted = self._tokens.mint(draft.key_type, draft.environment)
             new_key = NewKey(
-                id=self._make_id("key_"), organization_id=organization_id, created_by=caller.key_id, draft=draft
+                id=self._make_id("key_"), organization_id=organization_id, created_by=caller.id, draft=draft
             )
             key = await transaction.insert_key(new_key, minted.secret)
-            await transaction.publish(key_event(self._make_id, EventType.CREATED, key, caller.key_id))
+            await transaction.publish(key_event(self._make_id, EventType.CREATED, key, caller))
             await _record(transaction, caller, None, key)
             if retry:
                 await retry.keep(transaction, self._sealer, key_id=key.id, revision=0, token=minted.token)
@@ -283,7 +283,7 @@ class KeyManager:
     ) -> Key:
         """Stores a changed key, and has it told to whoever wants to know."""
         saved = await transaction.save_key(updated, await transaction.record_change("key", updated.id))
-        await transaction.publish(key_event(self._make_id, event_type, saved, caller.key_id))
+        await transaction.publish(key_event(self._make_id, event_type, saved, caller))
         await _record(transaction, caller, before, saved)
         return saved
 

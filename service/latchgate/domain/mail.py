@@ -86,7 +86,7 @@ class MailJudgement:
     next_time: datetime | None = None
 
 
-def recipient_of(event_type: EventType, key: Key, actor_key_id: str) -> str:
+def recipient_of(event_type: EventType, key: Key, actor_id: str) -> str:
     """Gives whom an event about a key is to be told to by mail; empty if nobody.
 
     Who ends a key of its own making, or a key by its own token, needs not be told.
@@ -94,7 +94,7 @@ def recipient_of(event_type: EventType, key: Key, actor_key_id: str) -> str:
     if event_type not in _TEXTS:
         return ""
     is_ended = event_type in (EventType.REVOKED, EventType.DELETED)
-    if is_ended and actor_key_id in (key.id, key.created_by):
+    if is_ended and actor_id in (key.id, key.created_by):
         return ""
     return key.user_email if _ADDRESS.fullmatch(key.user_email) else ""
 

@@ -371,17 +371,24 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who makes a management call, by which secret of which key.
+    """Who makes a management call: by which secret of which key, or else as which `subject` of the issuer.
 
-    `answer_by_s` is until when the caller waits for the answer, in seconds of CLOCK_BOOTTIME; infinite without an end.
+    A subject is written `https://issuer#subject`. `answer_by_s` is until when the caller waits for the answer, in
+    seconds of CLOCK_BOOTTIME; infinite without an end.
     """
 
-    key_id: str
-    secret_id: int
     organization_id: str
     grants: Grants
+    key_id: str = ""
+    secret_id: int | None = None
+    subject: str = ""
     answer_by_s: float = math.inf
     call: Call = field(default_factory=Call, compare=False)
+
+    @property
+    def id(self) -> str:
+        """The id of the key, or the subject."""
+        return self.key_id or self.subject
 
     @property
     def is_root(self) -> bool:

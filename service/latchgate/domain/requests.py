@@ -22,7 +22,7 @@ class Retry:
     @classmethod
     def of(cls, caller: Caller, method: str, request_id: UUID, body: object) -> Retry:
         """Makes it from the caller, the method and the body (a frozen value whose repr is all of it)."""
-        slot = hashlib.sha256(f"{caller.key_id}\n{method}\n{request_id}".encode()).digest()
+        slot = hashlib.sha256(f"{caller.id}\n{method}\n{request_id}".encode()).digest()
         return cls(request_id=request_id, slot=slot, body_digest=hashlib.sha256(repr(body).encode()).digest())
 
     async def earlier_answer(self, transaction: Transaction, sealer: Sealer) -> tuple[AnsweredRequest, str] | None:

@@ -88,7 +88,7 @@ class WebhookManager:
             organization_id=organization_id,
             url=url,
             event_types=tuple(event_types),
-            created_by=caller.key_id,
+            created_by=caller.id,
             sealed_secret=sealed,
         )
         async with self._store.transaction() as transaction:
@@ -199,7 +199,7 @@ class WebhookManager:
             webhook = await _lock(transaction, caller, webhook_id)
             _check_enabled(webhook)
             event_id, now = self._make_id("evt_"), await transaction.now()
-            data = {"webhook_id": webhook_id, "actor_key_id": caller.key_id}
+            data = {"webhook_id": webhook_id, "actor_key_id": caller.key_id, "actor_subject": caller.subject}
             event = Event(
                 id=event_id,
                 type=EventType.WEBHOOK_TEST,

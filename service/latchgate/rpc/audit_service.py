@@ -74,6 +74,7 @@ def _event_filter(request: pb.ListAuditEventsRequest) -> AuditFilter:
     return AuditFilter(
         organization_id=request.organization_id,
         actor_key_id=request.actor_key_id,
+        actor_subject=request.actor_subject,
         entity=request.entity,
         entity_id=request.entity_id,
         method=request.method,
@@ -89,6 +90,7 @@ def _event_message(chained: ChainedEvent) -> pb.AuditEvent:
         organization_id=event.organization_id,
         sequence=event.sequence,
         actor_key_id=event.actor_key_id,
+        actor_subject=event.actor_subject,
         actor_organization_id=event.actor_organization_id,
         certificate=event.certificate,
         peer=event.peer,

@@ -30,6 +30,7 @@ from latchgate.domain.errors import (
     CredentialsMissingError,
     StorageUnavailableError,
 )
+from latchgate.domain.logins import Login
 from latchgate.domain.model import Call, Caller
 from latchgate.domain.ports import AuditTrail
 from latchgate.domain.validation import Validator
@@ -65,7 +66,8 @@ class Backend:
     """What stands behind the handlers: who judges the callers' tokens, and the services by their full names.
 
     `recalls` answer from memory, where they can, by the full names of their methods; `boottime` is the clock by which
-    callers wait. Every call of management leaves something in the `trail`.
+    callers wait. Every call of management leaves something in the `trail`. A `login` judges JWTs, where there is an
+    issuer.
     """
 
     validator: Validator
@@ -73,6 +75,7 @@ class Backend:
     recalls: Mapping[str, FromMemory]
     boottime: Callable[[], float]
     services: Mapping[str, object]
+    login: Login | None = None
 
 
 class Pipeline:
@@ -229,7 +232,7 @@ class Pipeline:
             code = grpc.StatusCode.OK
             try:
                 backend = await self._admitted()
-                caller = None if self._is_validate_open else await _identify(backend, context, Call(), cost=0)
+                caller = None if self._is_validate_open else await _key_holder(backend, context, Call(), cost=0)
                 request = raw if refuse else parse(request_type, raw)
                 return await handler(backend.services[service], request, caller)
             except BaseException as error:
@@ -311,7 +314,15 @@ def _described(method: MethodDescriptor) -> tuple[str, str, type[Message]]:
 
 
 async def _identify(backend: Backend, context: Context, call: Call, cost: int = 1) -> Caller:
-    """Finds out who calls. A gateway's own key is not charged: its limit would be one on all that it asks about."""
+    """Finds out who calls, with a key or with a JWT of the issuer."""
+    if backend.login is None or not backend.login.takes(token := _bearer_token(context)):
+        return await _key_holder(backend, context, call, cost)
+    answer_by_s = _answer_by_s(context, backend.boottime())
+    return await backend.login.caller(token, client_ip=call.peer, answer_by_s=answer_by_s, call=call)
+
+
+async def _key_holder(backend: Backend, context: Context, call: Call, cost: int) -> Caller:
+    """Finds out who calls with a key. Who asks about others' tokens is not charged: it would be a limit on them all."""
     client_ip = peer_address(context.peer())
     verdict = await backend.validator.validate(_bearer_token(context), client_ip=client_ip, cost=cost)
     return caller_of(verdict, _answer_by_s(context, backend.boottime()), call)
@@ -383,7 +394,7 @@ class _Call:
             code=self.code.name,
             duration_ms=round(self.seconds() * 1000, 2),
             peer=peer_address(self._context.peer()),
-            caller=caller.key_id if caller else None,
+            caller=caller.id if caller else None,
             organization=caller.organization_id if caller else None,
             request_id=caller.call.request_id if caller else None,
             **self._facts,

@@ -43,6 +43,7 @@ _TABLE: Final[dict[type[errors.LatchgateError], tuple[grpc.StatusCode, error_rea
     errors.PermissionMissingError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_PERMISSION_MISSING),
     errors.RootRequiredError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_ROOT_REQUIRED),
     errors.PermissionNotHeldError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_PERMISSION_NOT_HELD),
+    errors.KeyRequiredError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_KEY_REQUIRED),
     errors.CallerRateLimitedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _Reason.ERROR_REASON_CALLER_RATE_LIMITED),
     errors.KeyNotFoundError: (grpc.StatusCode.NOT_FOUND, _Reason.ERROR_REASON_KEY_NOT_FOUND),
     errors.OrganizationNotFoundError: (grpc.StatusCode.NOT_FOUND, _Reason.ERROR_REASON_ORGANIZATION_NOT_FOUND),
@@ -70,6 +71,7 @@ _TABLE: Final[dict[type[errors.LatchgateError], tuple[grpc.StatusCode, error_rea
     errors.WebhookLimitReachedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, _Reason.ERROR_REASON_WEBHOOK_LIMIT_REACHED),
     errors.StorageUnavailableError: (grpc.StatusCode.UNAVAILABLE, _Reason.ERROR_REASON_STORAGE_UNAVAILABLE),
     errors.WriteUnknownError: (grpc.StatusCode.UNAVAILABLE, _Reason.ERROR_REASON_WRITE_UNKNOWN),
+    errors.IssuerUnavailableError: (grpc.StatusCode.UNAVAILABLE, _Reason.ERROR_REASON_ISSUER_UNAVAILABLE),
     errors.LookupBudgetError: (grpc.StatusCode.UNAVAILABLE, _Reason.ERROR_REASON_LOOKUP_BUDGET_EXCEEDED),
 }
 

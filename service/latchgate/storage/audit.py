@@ -31,6 +31,7 @@ class PostgresTrail:
             event_filter.organization_id,
             before,
             event_filter.actor_key_id,
+            event_filter.actor_subject,
             event_filter.entity,
             event_filter.entity_id,
             event_filter.method,

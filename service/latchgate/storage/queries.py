@@ -474,6 +474,9 @@ ORGANIZATION_LIST = _ORGANIZATION + "WHERE o.id > $1 ORDER BY o.id LIMIT $2"
 
 ORGANIZATION_SCOPES = "SELECT scopes FROM organization WHERE id = $1"
 
+# Whether an organization may call (null if there is none), and the time by which JWTs are judged.
+ORGANIZATION_STANDING = "SELECT now(), (SELECT active FROM organization WHERE id = $1) AS active"
+
 ORGANIZATION_INSERT = "INSERT INTO organization (id, name, plan_id, scopes) VALUES ($1, $2, $3, $4)"
 
 ORGANIZATION_UPDATE = """
@@ -650,31 +653,32 @@ RETURNING sequence, hash, greatest(event_time, clock_timestamp()) AS event_time
 
 # An event, and with it the new end of its chain, which must be locked. Values are in the order of the columns.
 AUDIT_EVENT_INSERT = """
-WITH moved AS (UPDATE audit_head SET sequence = $2, hash = $17, event_time = $3 WHERE organization_id = $1)
+WITH moved AS (UPDATE audit_head SET sequence = $2, hash = $18, event_time = $3 WHERE organization_id = $1)
 INSERT INTO audit_event (organization_id, sequence, event_time, actor_key_id, actor_organization_id, certificate, peer,
                          method, request_id, entity, entity_id, before_change, after_change, revision, code, reason,
-                         hash)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
+                         actor_subject, hash)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)
 """
 
 _AUDIT_EVENT = """
 SELECT organization_id, sequence, event_time, actor_key_id, actor_organization_id, certificate, peer, method,
-       request_id, entity, entity_id, before_change, after_change, revision, code, reason, hash
+       request_id, entity, entity_id, before_change, after_change, revision, code, reason, actor_subject, hash
 FROM audit_event
 """
 
-# Up to $10 events of an organization that match, newest first, before the sequence $2 (0 for the first page). Keyset
+# Up to $11 events of an organization that match, newest first, before the sequence $2 (0 for the first page). Keyset
 # paging: what is recorded between two pages hides and repeats nothing. To be prepared anew for each call: its plan is
 # for the values at hand.
 AUDIT_EVENT_LIST = (
     _AUDIT_EVENT
     + """
 WHERE organization_id = $1 AND ($2::bigint = 0 OR sequence < $2)
-  AND ($3::text = '' OR actor_key_id = $3) AND ($4::text = '' OR entity = $4) AND ($5::text = '' OR entity_id = $5)
-  AND ($6::text = '' OR method = $6) AND ($7::text = '' OR code = $7)
-  AND ($8::timestamptz IS NULL OR event_time >= $8) AND ($9::timestamptz IS NULL OR event_time < $9)
+  AND ($3::text = '' OR actor_key_id = $3) AND ($4::text = '' OR actor_subject = $4)
+  AND ($5::text = '' OR entity = $5) AND ($6::text = '' OR entity_id = $6)
+  AND ($7::text = '' OR method = $7) AND ($8::text = '' OR code = $8)
+  AND ($9::timestamptz IS NULL OR event_time >= $9) AND ($10::timestamptz IS NULL OR event_time < $10)
 ORDER BY sequence DESC
-LIMIT $10
+LIMIT $11
 """
 )
 

@@ -218,6 +218,7 @@ def audit_event(row: Row) -> ChainedEvent:
             revision=row["revision"],
             code=row["code"],
             reason=row["reason"],
+            actor_subject=row["actor_subject"],
         ),
         hash=row["hash"],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime
 
 from latchgate.domain.audit import AuditEntry
 from latchgate.domain.model import Caller, Environment, HeldPermission, Key, KeyFilter, Organization, Plan, Scope
@@ -13,7 +14,7 @@ from latchgate.storage.transaction import PostgresTransaction
 
 
 class PostgresStore:
-    """Implements latchgate.domain.ports.KeyStore, OrganizationStore and AuditTrail."""
+    """Implements latchgate.domain.ports.KeyStore, OrganizationStore, AuditTrail, and logins.OrganizationStanding."""
 
     def __init__(self, database: Database, published: Callable[[], None] = lambda: None) -> None:
         """Takes the open database, and who is to hear when a transaction has left something to be sent out."""
@@ -84,6 +85,12 @@ class PostgresStore:
         async with self._database.connection() as connection:
             row = await connection.fetchrow(queries.ORGANIZATION_GET, organization_id)
         return None if row is None else rows.organization(row)
+
+    async def standing(self, organization_id: str) -> tuple[datetime, bool | None]:
+        """Gives the database's clock, and whether an organization is active; None if there is none."""
+        async with self._database.connection() as connection:
+            (row,) = await connection.fetch(queries.ORGANIZATION_STANDING, organization_id)
+        return row["now"], row["active"]
 
     async def list_organizations(self, after: str, count: int) -> Sequence[Organization]:
         """Lists up to `count` organizations by id, beyond the id `after`."""

@@ -1,0 +1,1 @@
+"""JWTs of an OpenID Connect issuer: its keys, and what it says of who presents one."""
