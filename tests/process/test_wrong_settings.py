@@ -108,6 +108,16 @@ def assert_one_line(complaint: str, *names: str) -> None:
         ("SMTP_TLS", "perhaps"),
         ("SMTP_USER", "latchgate"),
         ("SMTP_PASSWORD", SECRET),
+        ("OIDC_ISSUER", "login.example.com"),
+        ("OIDC_ISSUER", "ftp://login.example.com"),
+        ("OIDC_ISSUER", "https://"),
+        ("OIDC_ISSUER", f"https://user:{SECRET}@login.example.com"),
+        ("OIDC_ISSUER", "https://login.example.com:port"),
+        ("OIDC_ISSUER", "https://login.example.com/?realm=a"),
+        ("OIDC_ISSUER", "https://login.example.com"),
+        ("OIDC_AUDIENCE", "latchgate"),
+        ("OIDC_CLOCK_SKEW_SECONDS", "-1"),
+        ("OIDC_CLOCK_SKEW_SECONDS", "301"),
         ("LOG_LEVEL", "loud"),
         ("LOG_FORMAT", "xml"),
     ],
@@ -132,6 +142,16 @@ def test_password_is_not_sent_in_plain_text(failing: Failing) -> None:
         SMTP_HOST="smtp.example.com", SMTP_FROM="a@example.com", SMTP_USER="a", SMTP_PASSWORD=SECRET, SMTP_TLS="none"
     )
     assert_one_line(complaint, "LATCHGATE_SMTP_TLS", "LATCHGATE_SMTP_PASSWORD")
+    assert 2 == status
+
+
+@pytest.mark.parametrize(
+    "issuer", ["http://login.example.com", "http://10.0.0.1:8080/realms/a", "http://[2001:db8::1]"]
+)
+def test_issuer_in_plain_text(failing: Failing, issuer: str) -> None:
+    """An issuer whose keys anyone on the way could replace is status 2, and one line that says what to do."""
+    status, complaint = failing(OIDC_ISSUER=issuer, OIDC_AUDIENCE="latchgate")
+    assert_one_line(complaint, "LATCHGATE_OIDC_ISSUER", "LATCHGATE_ALLOW_PLAINTEXT")
     assert 2 == status
 
 

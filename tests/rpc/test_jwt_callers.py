@@ -25,8 +25,9 @@ from latchgate.oidc.reader import ALGORITHMS
 from support.databases import until
 from support.imports import import_requests, new_rows
 from support.issuer import AUDIENCE, JWKS, Issuer, issuer, login_settings, make_key
-from support.keys import Tenant, cloned_database, ids, make_tenant
+from support.keys import Tenant, cloned_database, database_of, ids, make_tenant
 from support.service import CallError, Metadata, RunningService, bearer, refusal, run_service
+from support.upstream import free_port
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -155,6 +156,21 @@ async def test_every_kind_of_call(site: Site, acme: Tenant) -> None:
     responses = await import_requests(site.service, [import_pb.ImportKeysRequest(keys=new_rows(1))], caller)
     key_id = responses[0].results[0].key_id
     assert f"{site.login.url}#alice" == (await site.service.get_key(key_id)).created_by
+
+
+async def test_events_name_the_subject(site: Site, acme: Tenant) -> None:
+    """Events say with whose JWT a change was made, or with which key."""
+    request = webhooks_pb.CreateWebhookRequest(url="https://example.com/hook", event_types=["api_key.created"])
+    await site.service.webhooks.CreateWebhook(request, metadata=acme.admin)
+    made = [await make(site, alice(site, acme)), await make(site, acme.admin)]
+    async with database_of(site.service) as connection:
+        bodies = [
+            json.loads(await connection.fetchval("SELECT body FROM event WHERE subject = $1", each.key.id))["data"]
+            for each in made
+        ]
+    assert [("", f"{site.login.url}#alice"), (acme.admin_key_id, "")] == [
+        (body["actor_key_id"], body["actor_subject"]) for body in bodies
+    ]
 
 
 async def test_tenants_apart(site: Site, acme: Tenant, rival: Tenant) -> None:
@@ -343,6 +359,20 @@ async def test_rotation(site: Site, acme: Tenant, monkeypatch: pytest.MonkeyPatc
     asked = site.login.asked[JWKS]
     await acme.list(site.login.caller("second", organization_id=acme.id))
     assert asked == site.login.asked[JWKS]
+
+
+async def test_issuer_away(postgres_url: str, template_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service whose issuer is away starts and serves keys; JWTs are told to try again, and good once it is there."""
+    monkeypatch.setattr("latchgate.oidc.keys.COOLING_S", 0.0)
+    away = Issuer(port=free_port())
+    away.add_key("first")
+    async with cloned_database(postgres_url, template_url) as url, run_service(url, **login_settings(away)) as service:
+        acme = await make_tenant(service, "acme")
+        assert [acme.admin_key_id] == ids((await acme.list()).keys)
+        error = await refusal(acme.list(away.caller(organization_id=acme.id)))
+        assert (grpc.StatusCode.UNAVAILABLE, "ISSUER_UNAVAILABLE") == (error.code, error.reason)
+        async with issuer(port=away.port) as login:
+            assert [acme.admin_key_id] == ids((await acme.list(login.caller(organization_id=acme.id))).keys)
 
 
 async def test_unknown_issuer_key(site: Site, acme: Tenant) -> None:

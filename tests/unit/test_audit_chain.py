@@ -112,3 +112,12 @@ def test_the_canonical_form() -> None:
     assert '"after":{"limit":1,"name":"Zoë"}' in content
     assert '"event_time":"2026-02-01T00:00:00.000000+00:00"' in content
     assert hashlib.sha256(GENESIS + content.encode()).digest() == chain(GENESIS, event)
+
+
+def test_events_of_before_subjects_were_recorded() -> None:
+    """An event of a caller with a key is hashed as it was before subjects were recorded; a subject is hashed with it."""
+    event = made(1)[0].event
+    assert "actor_subject" not in json.loads(canonical(event))
+    named = replace(event, actor_key_id="", actor_subject="https://login.example.com#alice")
+    assert "https://login.example.com#alice" == json.loads(canonical(named))["actor_subject"]
+    assert chain(GENESIS, named) != chain(GENESIS, replace(named, actor_subject=""))
