@@ -99,6 +99,12 @@ async def test_algorithms(site: Site, acme: Tenant, algorithm: str) -> None:
     assert [acme.admin_key_id] == ids((await acme.list(caller)).keys)
 
 
+async def test_headers_of_other_uses(site: Site, acme: Tenant) -> None:
+    """What a JWT's header says besides, and its type, does not matter: some issuers put certificates there."""
+    headers = {"typ": "at+jwt", "nonce": "x" * 40, "x5t": "abc", "x5c": ["y" * 2000]}
+    await acme.list(bearer(site.login.token(headers=headers, organization_id=acme.id)))
+
+
 async def test_what_a_caller_may(site: Site, acme: Tenant) -> None:
     """A caller may do what the permissions say, in the organization that the JWT names, and nothing else."""
     reader, nobody = alice(site, acme, scope="openid keys:read"), alice(site, acme, scope=None)

@@ -115,7 +115,7 @@ def test_the_canonical_form() -> None:
 
 
 def test_events_of_before_subjects_were_recorded() -> None:
-    """An event of a caller with a key is hashed as it was before subjects were recorded; a subject is hashed with it."""
+    """The event of a caller with a key is hashed as it was before subjects were recorded; a subject is hashed too."""
     event = made(1)[0].event
     assert "actor_subject" not in json.loads(canonical(event))
     named = replace(event, actor_key_id="", actor_subject="https://login.example.com#alice")
