@@ -333,6 +333,20 @@ async def test_validate_knows_keys_alone(site: Site, acme: Tenant) -> None:
     assert "NOT_FOUND" == await site.service.outcome(site.login.token(organization_id=acme.id))
 
 
+async def test_validate_is_for_keys_alone(postgres_url: str, template_url: str) -> None:
+    """Where Validate wants to know who asks, it wants a key: the hot path asks nobody about an organization."""
+    async with (
+        issuer() as login,
+        cloned_database(postgres_url, template_url) as url,
+        run_service(url, validate_access="authenticated", **login_settings(login)) as service,
+    ):
+        await service.create_organization("acme")
+        caller = login.caller(scope="keys:validate keys:read")
+        await service.keys.ListKeys(keys_pb.ListKeysRequest(), metadata=caller)
+        error = await refusal(service.keys.Validate(keys_pb.ValidateRequest(token="x"), metadata=caller))
+        assert ("CREDENTIALS_INVALID", {"outcome": "NOT_FOUND"}) == (error.reason, error.metadata)
+
+
 async def test_keys_go_on(acme: Tenant) -> None:
     """Keys are callers as before."""
     assert [acme.admin_key_id] == ids((await acme.list()).keys)

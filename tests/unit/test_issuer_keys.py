@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from typing import Any
 
+import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from latchgate.domain.errors import IssuerUnavailableError
 from latchgate.oidc.fetching import FetchError
@@ -201,11 +204,13 @@ async def test_no_keys(published: Any) -> None:
 
 async def test_keys_that_are_not_for_this() -> None:
     """Of what is published, public keys to sign with are taken, those that protect something; the others are let be."""
-    small = {"kty": "RSA", "kid": "small", "e": "AQAB", "n": "x" * 170}
+    short = rsa.generate_private_key(public_exponent=65537, key_size=1024)  # noqa: S505 - that is what is tested
+    small = public_jwk(short, "RS256", "small")
+    private: Any = jwt.get_algorithm_by_name("ES256")
     odd: list[Any] = [
         {"kty": "oct", "k": "c2VjcmV0LXNlY3JldC1zZWNyZXQ", "kid": "secret"},
         KEYS["b"] | {"use": "enc", "kid": "encrypts"},
-        KEYS["b"] | {"d": "x" * 43, "kid": "private"},
+        json.loads(private.to_jwk(make_key("ES256"))) | {"kid": "private"},
         KEYS["b"] | {"x": "!", "kid": "broken"},
         KEYS["b"] | {"crv": "P-0", "kid": "curve"},
         KEYS["b"] | {"kid": 7},
