@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from latchgate.domain.coherence import Reading
 from latchgate.domain.model import Outcome
 from latchgate.domain.outbox import OutboxFigures
+from latchgate.gateway.credentials import Problem
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 # The last line of defence, not the first: nothing hands a token or a connection string to a logger.
@@ -175,6 +176,13 @@ class Metrics:
         self._call_seconds = _Durations("latchgate_call_seconds", "Time to answer a call.")
         registry.register(self._call_seconds)
         self._outcomes = Counter("latchgate_outcomes", "Tokens judged, by outcome.", ["outcome"], registry=registry)
+        unjudged = Counter(
+            "latchgate_unjudged",
+            "Requests of gateways' clients with no token (missing), or with several (conflict).",
+            ["problem"],
+            registry=registry,
+        )
+        self._unjudged = {problem.value: unjudged.labels(problem=problem.value) for problem in Problem}
         self._lookups = Counter(
             "latchgate_lookups", "Digests asked of the database: answered or error.", ["result"], registry=registry
         )
@@ -271,6 +279,10 @@ class Metrics:
     def outcome(self, outcome: Outcome) -> None:
         """A token was judged."""
         self._outcome_counters[outcome].inc()
+
+    def unjudged(self, problem: str) -> None:
+        """A gateway's client has sent no token, or several."""
+        self._unjudged[problem].inc()
 
     def batch(self, size: int, seconds: float) -> None:
         """A statement for `size` digests was answered after `seconds`."""

@@ -8,10 +8,13 @@ from latchgate.domain.model import Outcome
 
 
 class OutcomeObserver(Protocol):
-    """Is told of every outcome of Validate."""
+    """Is told of what became of every token, and of requests that bring none."""
 
     def outcome(self, outcome: Outcome) -> None:
         """A token was judged."""
+
+    def unjudged(self, problem: str) -> None:
+        """A gateway's client has sent no token, or several: `missing` or `conflict`."""
 
 
 class Tally(Protocol):

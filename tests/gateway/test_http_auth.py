@@ -162,6 +162,11 @@ async def test_counted(http: ClientSession, database_url: str) -> None:
         created = await tenant.key()
         await ask(http, service, "", ("X-API-Key", created.token))
         await ask(http, service, "", ("X-API-Key", "lk_" + "x" * 40))
+        await ask(http, service, "")
+        for _ in range(2):
+            await ask(http, service, "", ("Authorization", f"Bearer {created.token}"), ("X-API-Key", "another"))
         value = service.running.metrics.registry.get_sample_value
-        assert 2 == value("latchgate_calls_total", {"method": "HTTP/auth", "code": "OK"})
+        unjudged = [value("latchgate_unjudged_total", {"problem": problem}) for problem in ("missing", "conflict")]
+        assert [1, 2] == unjudged
+        assert 5 == value("latchgate_calls_total", {"method": "HTTP/auth", "code": "OK"})
         assert 1 == value("latchgate_outcomes_total", {"outcome": "NOT_FOUND"})

@@ -212,6 +212,10 @@ async def test_counted(alone: RunningService) -> None:
     before = value("latchgate_outcomes_total", {"outcome": "VALID"}) or 0
     await asyncio.gather(*(ask(tenant, created.token) for _ in range(20)))
     await ask(tenant, "lk_" + "x" * 40)
-    assert 21 == value("latchgate_calls_total", {"method": "Authorization/Check", "code": "OK"})
+    for headers in ({}, {}, {"authorization": f"Bearer {created.token}", "x-api-key": "another"}):
+        await check(alone.channel, check_request(headers))
+    unjudged = [value("latchgate_unjudged_total", {"problem": problem}) for problem in ("missing", "conflict")]
+    assert [2, 1] == unjudged
+    assert 24 == value("latchgate_calls_total", {"method": "Authorization/Check", "code": "OK"})
     assert 20 == (value("latchgate_outcomes_total", {"outcome": "VALID"}) or 0) - before
     assert 1 == value("latchgate_outcomes_total", {"outcome": "NOT_FOUND"})

@@ -49,6 +49,7 @@ class ExtAuthz:
         """Judges the request of a gateway's client; gives a CheckResponse as it is sent."""
         check = self._read(raw)
         if check.problem is not None:
+            self._outcomes.unjudged(check.problem.value)
             return refused(check.problem, check)
         verdict = await self._validator.validate(
             # What is not ASCII is no token, whatever it is.
@@ -89,6 +90,7 @@ class CheckRecall:
         """Gives the answer; None if memory does not have it. Raises what CheckReader does, and InvalidFieldError."""
         check = self._read(raw)
         if check.problem is not None:
+            self._outcomes.unjudged(check.problem.value)
             return refused(check.problem, check)
         verdict = self._recall(check.token, check.need)
         if verdict is None:

@@ -99,6 +99,7 @@ class AuthEndpoint:
         # Whoever connects is the gateway, which has appended whom it saw.
         need = self._needs.read(settings, forwarded.rpartition(b",")[2].strip(), forwarded)
         if problem is not None:
+            self._outcomes.unjudged(problem.value)
             return refusal(PROBLEMS[problem], challenge(PROBLEMS[problem]))
         validator = self._validator
         if validator is None:
