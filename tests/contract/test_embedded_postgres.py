@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -324,7 +324,7 @@ async def test_server_that_was_killed_and_does_not_end_is_told_in_one_line(
 async def test_refusal_whose_reason_has_gone_is_tried_again(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was in the way may end between the refusal and the look at it: a start is tried twice at least."""
     async with _killed_and_ending(data_dir) as held:
-        look = vars(embedded)["_in_the_way"]
+        look: Callable[[Path], str | None] = vars(embedded)["_in_the_way"]
 
         def look_late(folder: Path) -> str | None:
             os.kill(held, signal.SIGCONT)
