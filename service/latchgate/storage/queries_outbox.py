@@ -52,11 +52,12 @@ SELECT count(*) FROM due
 )
 
 # Whether there are events to be handed on, and deliveries and mail that are due: all that a worker asks for again and
-# again while there is nothing. Takes no lock and writes nothing.
+# again while there is nothing. Takes no lock and writes nothing, and reads the first entry of an index each, however
+# much waits for later.
 OUTBOX_DUE = """
 SELECT EXISTS (SELECT 1 FROM event WHERE dispatch_time IS NULL) AS events,
-       EXISTS (SELECT 1 FROM delivery WHERE state = 'pending' AND next_time <= now()) AS deliveries,
-       EXISTS (SELECT 1 FROM mail WHERE state = 'pending' AND next_time <= now()) AS mails
+       coalesce((SELECT min(next_time) FROM delivery WHERE state = 'pending') <= now(), false) AS deliveries,
+       coalesce((SELECT min(next_time) FROM mail WHERE state = 'pending') <= now(), false) AS mails
 """
 
 # An event for one webhook alone, handed on already; gives the delivery's id.
