@@ -27,6 +27,7 @@ SERVICE_USER = "latchgate_service"
 RECOVERY_TIMEOUT_S: Final = 120.0
 RETRY_S: Final = 0.2
 _TRACE: Final = "postmaster.pid"
+_MADE: Final = "PG_VERSION"
 _USERS: Final = ".handle_pids.json"
 _SOCKET_TRACE: Final = ".s.PGSQL.5432.lock"
 # The line of the trace that names the folder of the socket.
@@ -199,9 +200,13 @@ def _start(server: PostgresServer, folder: Path) -> None:
     problem = None
     is_last = False
     while True:
+        was_made = (folder / _MADE).exists()
         try:
             server.start()
-        except _REFUSALS:
+        except _REFUSALS as error:
+            # The making of a new one is not begun again: it was interrupted, or will fail the same way.
+            if not was_made and isinstance(error, subprocess.CalledProcessError):
+                raise
             reason = _in_the_way(folder)
             # What was in the way may have ended just before it was looked for: refused twice is refused.
             if reason is None and is_last:

@@ -758,6 +758,9 @@ SELECT format('GRANT USAGE ON SCHEMA %I TO %I', current_schema(), $1::text)
 """
 
 # Held until the session ends: one process migrates, the others wait.
+# The schema's version, if it has one: the table is Alembic's.
+SCHEMA_VERSION = "SELECT version_num FROM alembic_version"
+
 MIGRATION_LOCK_TAKE = "SELECT pg_advisory_lock($1)"
 
 DEPLOYMENT_GET = "SELECT value FROM deployment WHERE name = $1"
