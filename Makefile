@@ -35,7 +35,9 @@ setup: $(STAMP) ## Make the environment: packages pinned by hash, and latchgate 
 run: $(STAMP) ## Start the service with its embedded database, and show a key's life
 	@exec $(BIN)/latchgate run
 
+# Tests start many processes: compiled files are kept for them, whatever the environment says.
 .PHONY: test
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(STAMP) ## Run the tests against a real PostgreSQL that they start themselves
 	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile $(addprefix --ignore=,$(ALONE))
 	@$(BIN)/python -m pytest -q $(ALONE)

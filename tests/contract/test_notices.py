@@ -127,6 +127,52 @@ async def test_what_expired_while_nobody_looked_is_told(
     assert ([], ["expired"]) == (await types_of(observer, before), await types_of(observer, missed))
 
 
+async def test_looking_for_nothing_writes_nothing(
+    notices: Notices, keys: KeyManager, store: PostgresStore, observer: Connection
+) -> None:
+    """While nothing comes about no row is written, except that what was looked through moves on twice a minute."""
+    await insert_organization(store)
+    await make(keys, timedelta(days=8))
+    scans = "SELECT array_agg(until_time ORDER BY kind) FROM expiry_scan"
+    await notices.work()
+    first = await observer.fetchval(scans)
+    assert 3 == len(first)
+
+    await notices.work()
+
+    assert first == await observer.fetchval(scans)
+    await observer.execute("UPDATE expiry_scan SET until_time = until_time - interval '31 seconds'")
+    await notices.work()
+    moved = await observer.fetchval(scans)
+    assert all(late >= early for early, late in zip(first, moved, strict=True))
+
+
+@pytest.mark.parametrize("days", [7, 1, 0])
+async def test_key_that_comes_due_is_found_before_the_pause_is_over(
+    days: int, notices: Notices, keys: KeyManager, store: PostgresStore, observer: Connection
+) -> None:
+    """A key is told of as soon as it is due, whichever notice it is, although keys were looked through just now."""
+    await insert_organization(store)
+    key_id = await make(keys, timedelta(days=8))
+    await notices.work()
+    # Just beyond what was looked through, and due by now.
+    await observer.execute(
+        "UPDATE key SET expire_time = now() + $2::interval - interval '1 microsecond' WHERE id = $1",
+        key_id,
+        timedelta(days=days),
+    )
+    # That it was told of for another reason does not matter.
+    await observer.execute(
+        """
+        INSERT INTO key_notice (key_id, kind, expire_time, publish_time)
+        SELECT id, 'expiring_30', expire_time, now() FROM key WHERE id = $1
+        """,
+        key_id,
+    )
+    await notices.work()
+    assert ["expiring" if days else "expired"] == await types_of(observer, key_id)
+
+
 async def use(buffer: UsageBuffer, observer: Connection, key_id: str, at_s: float = 2e9) -> None:
     """Takes note of a use of a key's newest token."""
     secret_id = await observer.fetchval("SELECT max(id) FROM secret WHERE key_id = $1", key_id)

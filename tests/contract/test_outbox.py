@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -18,6 +19,7 @@ from latchgate.domain.outbox import (
     DeliveryState,
     EventType,
     NewWebhook,
+    OutboxDue,
     Reply,
     Webhook,
 )
@@ -104,6 +106,37 @@ async def test_events_go_to_who_has_asked_for_them(
         (each.webhook_id, each.event_type) for each in found
     }
     assert [] == await webhooks.list_deliveries(DeliveryFilter(organization_id="rival"), "", 10)
+
+
+async def test_what_is_due_is_said(
+    database: Database,
+    webhooks: PostgresWebhookStore,
+    store: PostgresStore,
+    keys: KeyManager,
+    observer: Connection,
+) -> None:
+    """Events, deliveries and mail are due as long as they wait, and are not while somebody has them."""
+    outbox = Outbox(database, next_id, has_mail=True)
+    nothing = OutboxDue(events=False, deliveries=False, mails=False)
+    await insert_organization(store)
+    await add(webhooks)
+    assert nothing == await outbox.due()
+    await keys.create(ROOT_CALLER, "acme", draft(user_email="ann@example.com"))
+    assert replace(nothing, events=True) == await outbox.due()
+
+    await outbox.dispatch()
+
+    assert OutboxDue(events=False, deliveries=True, mails=True) == await outbox.due()
+    (attempt,) = await take(outbox)
+    assert replace(nothing, mails=True) == await outbox.due()
+    await outbox.take_mail(1)
+    assert nothing == await outbox.due()
+    await observer.execute(DUE)
+    assert replace(nothing, deliveries=True) == await outbox.due()
+    (attempt,) = await take(outbox)
+    await outbox.finish(attempt, WELL, DELIVERED)
+    await observer.execute("UPDATE mail SET next_time = now()")
+    assert replace(nothing, mails=True) == await outbox.due()
 
 
 async def test_what_is_undone_is_not_told(

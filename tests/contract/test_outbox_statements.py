@@ -18,6 +18,7 @@ DELIVERY_COLUMNS = {
 STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "EVENT_INSERT": ("text text text text text text", set()),
     "EVENT_DISPATCH": ("int8 bool int8", {"count"}),
+    "OUTBOX_DUE": ("", {"events", "deliveries", "mails"}),
     "EVENT_INSERT_FOR_ONE": ("text text text text text text", {"id"}),
     "DELIVERY_TAKE": (
         "int8 interval int8 text[] int8[]",
@@ -57,6 +58,7 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "DELIVERY_REVIVE": ("text text int8", set()),
     "MAIL_TAKE": ("int8 interval", {"id", "recipient", "attempts", "first_time", "event_id", "type", "body", "now"}),
     "MAIL_FINISH": ("text int4 text timestamptz text", set()),
+    "EXPIRY_DUE": ("text[] interval[] interval", {"exists"}),
     "EXPIRY_SCAN_BEGIN": ("text interval", set()),
     "EXPIRY_SCAN": ("text interval int8", {"count"}),
     "KEY_NOTE_FIRST_USED": ("int8[]", set()),

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 
 from latchgate.domain.model import KeyFilter
-from latchgate.storage import queries, queries_usage
+from latchgate.storage import queries, queries_outbox, queries_usage
 from latchgate.storage.link import Link
 from latchgate.storage.lookups import find_many, lookup_link
 from latchgate.storage.postgres import Connection, Database
@@ -43,6 +43,16 @@ INSERT INTO usage_by_secret (secret_id, hour, outcome, count)
 SELECT id, hour, 1, 1 FROM secret, generate_series({HOUR}, {HOUR} + 1) AS hours (hour) WHERE id <= 20000;
 INSERT INTO usage_by_organization (organization_id, hour, outcome, count)
 SELECT 'o' || n, hour, 1, 1 FROM generate_series(1, 500) n, generate_series({HOUR}, {HOUR} + 23) AS hours (hour);
+INSERT INTO webhook (id, organization_id, url, event_types, created_by, sealed_secret)
+VALUES ('whk_1', 'new', 'https://example.com/', '{{}}', '', '');
+INSERT INTO event (id, organization_id, type, subject, body, dispatch_time)
+SELECT 'evt_' || i, 'new', 'api_key.created', 'key_' || i, '{{}}', now() FROM generate_series(1, 20000) i;
+INSERT INTO delivery (id, webhook_id, organization_id, event_number, event_type, subject, state, next_time, done_time)
+SELECT 'dlv_' || number, 'whk_1', 'new', number, type, subject, 'delivered', NULL, now() FROM event;
+UPDATE delivery SET state = 'pending', done_time = NULL, next_time = now() + interval '1 hour'
+WHERE event_number % 4 = 0;
+INSERT INTO mail (id, event_number, recipient, state, next_time, done_time)
+SELECT 'mail_' || number, number, 'ann@example.com', 'delivered', NULL, now() FROM event;
 ANALYZE;
 """  # noqa: S608 - figures of this module
 
@@ -85,8 +95,8 @@ async def lookups(filled_url: str) -> AsyncIterator[Link]:
 
 async def generic_plan(connection: Connection, statement: str, types: str, values: str) -> dict[str, Any]:
     """The plan by which the connection would run a statement that it keeps prepared."""
-    await connection.execute(f"PREPARE kept ({types}) AS {statement}")
-    answer = await connection.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE kept ({values})")
+    await connection.execute(f"PREPARE kept {f'({types})' if types else ''} AS {statement}")
+    answer = await connection.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE kept {f'({values})' if values else ''}")
     await connection.execute("DEALLOCATE kept")
     plan: dict[str, Any] = json.loads(answer)[0]["Plan"]
     return plan
@@ -281,3 +291,16 @@ async def test_lists_are_planned_for_their_filters(filled_url: str) -> None:
             )
 
     assert 0 == generic
+
+
+async def test_what_is_due_is_asked_of_small_indexes(filled: Database) -> None:
+    """What workers ask each second reads the indexes of what waits, by when it is due, however much is kept or waits
+    for later.
+    """
+    leads = "ARRAY['expired', 'expiring_7'], ARRAY[interval '0', interval '7 days'], interval '30 seconds'"
+    async with filled.connection() as connection:
+        due = await generic_plan(connection, queries_outbox.OUTBOX_DUE, "", "")
+        expiries = await generic_plan(connection, queries_outbox.EXPIRY_DUE, "text[], interval[], interval", leads)
+
+    assert {"event_waiting", "delivery_due", "mail_due"} == {index for _, _, index in accesses(due)}
+    assert "key_expiring" in {node.get("Index Name") for node in nodes(expiries)}

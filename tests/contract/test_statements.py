@@ -131,6 +131,7 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "AUDIT_FORGET": ("interval", {"audit_forget"}),
     "ROLE_CURRENT": ("", {"current_user"}),
     "ROLE_GRANTS": ("text", {"statement"}),
+    "SCHEMA_VERSION": ("", {"version_num"}),
     "MIGRATION_LOCK_TAKE": ("int8", {"pg_advisory_lock"}),
     "DEPLOYMENT_GET": ("text", {"value"}),
     "DEPLOYMENT_INSERT": ("text bytea", set()),

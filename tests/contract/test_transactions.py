@@ -211,10 +211,10 @@ async def test_error_says_the_truth_wherever_the_connection_is_lost(
         kept, real = await _counts(observer)
 
     committed = fault is Fault.LOSE_ANSWER
-    # Everything before the commit; the commit; the reset of the connection; nothing was struck any more.
-    assert [("StorageUnavailableError", False)] * (number - 3) == outcomes[:-3]
-    assert [("WriteUnknownError", committed), ("success", True), ("success", True)] == outcomes[-3:]
-    assert number > 8
+    # Everything before the commit; the commit; nothing was struck any more.
+    assert [("StorageUnavailableError", False)] * (number - 2) == outcomes[:-2]
+    assert [("WriteUnknownError", committed), ("success", True)] == outcomes[-2:]
+    assert number > 7
     assert real == kept
 
 

@@ -182,6 +182,15 @@ class DeliveryFilter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OutboxDue:
+    """Whether there is something to be done now: events to hand on, deliveries and mail to send."""
+
+    events: bool
+    deliveries: bool
+    mails: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutboxFigures:
     """What waits to be sent, in all workers together. `oldest_s` is how long the oldest delivery has waited."""
 

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import warnings
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import IO, TYPE_CHECKING, Final
@@ -26,6 +27,14 @@ SERVICE_USER = "latchgate_service"
 RECOVERY_TIMEOUT_S: Final = 120.0
 RETRY_S: Final = 0.2
 _TRACE: Final = "postmaster.pid"
+_MADE: Final = "PG_VERSION"
+_USERS: Final = ".handle_pids.json"
+_SOCKET_TRACE: Final = ".s.PGSQL.5432.lock"
+# The line of the trace that names the folder of the socket.
+_SOCKET_LINE: Final = 4
+
+# How the package says that a server does not start. A file may vanish between the look and the reading.
+_REFUSALS: Final = (FileNotFoundError, subprocess.SubprocessError, AssertionError)
 
 _log = structlog.get_logger("latchgate.embedded")
 
@@ -46,9 +55,10 @@ class EmbeddedPostgres:
     def start(cls, data_dir: Path) -> EmbeddedPostgres:
         """Starts the server on `data_dir`, which is made if need be. Blocks for some seconds the first time.
 
-        After a crash it blocks until the server has recovered, for RECOVERY_TIMEOUT_S at most. Raises
-        EmbeddedDatabaseError if the package is not installed, another process uses the directory, or the server does
-        not start or recover; one that is not ready in time goes on recovering, and the next start takes it over.
+        After a crash it blocks until what is left of the server has ended and a new one has recovered, for
+        RECOVERY_TIMEOUT_S at most. Raises EmbeddedDatabaseError if the package is not installed, another process uses
+        the directory, or the server does not start or recover; one that is not ready in time goes on recovering, and
+        the next start takes it over.
         """
         try:
             # Imported late: the package is an extra. It warns of a folder that it does without.
@@ -67,19 +77,20 @@ class EmbeddedPostgres:
             _forget_killed(folder)
             # Started by itself: the package gives out a server that it had before, also one that was stopped.
             server = get_server(folder, cleanup_mode=None, start=False)
+            # The package lets one of all servers of the machine start or stop at a time, by a file that a second user
+            # of the machine may not even open. This one's directory is locked already, and it shares nothing else.
+            vars(server)["_lock"] = nullcontext()
             _start(server, folder)
             _close_to_others(server, folder)
-        except EmbeddedDatabaseError:
+        except BaseException as error:
             lock.close()
+            if isinstance(error, RuntimeError):
+                raise EmbeddedDatabaseError(f"the embedded PostgreSQL does not start: {error}") from None
+            if isinstance(error, (OSError, ValueError, *_REFUSALS)):
+                raise EmbeddedDatabaseError(
+                    f"the embedded PostgreSQL does not start ({type(error).__name__}); see {folder / 'log'}"
+                ) from None
             raise
-        except RuntimeError as error:
-            lock.close()
-            raise EmbeddedDatabaseError(f"the embedded PostgreSQL does not start: {error}") from None
-        except (OSError, subprocess.SubprocessError, AssertionError) as error:
-            lock.close()
-            raise EmbeddedDatabaseError(
-                f"the embedded PostgreSQL does not start ({type(error).__name__}); see {folder / 'log'}"
-            ) from None
         return cls(server, lock)
 
     async def create_database(self) -> str:
@@ -138,9 +149,16 @@ def _forget_killed(folder: Path) -> None:
     By now its process id may be another program's, as is usual in containers. That would be taken for the server, and
     be ended in its stead.
     """
-    for trace in (folder / _TRACE, folder / ".s.PGSQL.5432.lock"):
+    sockets = folder
+    with suppress(OSError, IndexError):
+        # Elsewhere if the path of the folder is too long for a socket.
+        sockets = Path((folder / _TRACE).read_text().splitlines()[_SOCKET_LINE])
+    for trace in (sockets / _SOCKET_TRACE, folder / _TRACE):
         if _is_server(trace, folder) is False:
             trace.unlink()
+    # Who has used the server, as the package notes it: of no use here, and unreadable if the machine went down with it.
+    with suppress(OSError):
+        (folder / _USERS).unlink()
 
 
 def _is_server(trace: Path, folder: Path) -> bool | None:
@@ -153,30 +171,57 @@ def _is_server(trace: Path, folder: Path) -> bool | None:
     return os.fsencode(folder.resolve()) in command
 
 
-def _start(server: PostgresServer, folder: Path) -> None:
-    """Starts the server, and waits for one that still recovers.
+def _has_remains(folder: Path) -> bool:
+    """Says whether processes of a server run in its folder, as after the first of them was killed.
 
-    The package gives up on such a one: first by a time-out, and where it finds it running by an assertion that it is
-    ready.
+    They end by themselves when they notice. Until then they hold on to the shared memory, and no other may start.
+    """
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "comm").read_text() == "postgres\n" and (process / "cwd").readlink() == folder.resolve():
+                return True
+    return False
+
+
+def _in_the_way(folder: Path) -> str | None:
+    """Says why a server that did not start may do so later; None if there is no such reason."""
+    if _is_server(folder / _TRACE, folder):
+        return "still recovers from a crash"
+    return "still ends after its first process was killed" if _has_remains(folder) else None
+
+
+def _start(server: PostgresServer, folder: Path) -> None:
+    """Starts the server, and waits for one that still recovers, or that was killed and has not ended altogether.
+
+    The package gives up on the former: first by a time-out, and where it finds it running by an assertion that it is
+    ready. The latter has a new one refuse to start.
     """
     until_s = monotonic() + RECOVERY_TIMEOUT_S
-    is_told = False
+    problem = None
+    is_last = False
     while True:
+        was_made = (folder / _MADE).exists()
         try:
             server.start()
-        except (AssertionError, subprocess.TimeoutExpired):
-            if not _is_server(folder / _TRACE, folder):
+        except _REFUSALS as error:
+            # The making of a new one is not begun again: it was interrupted, or will fail the same way.
+            if not was_made and isinstance(error, subprocess.CalledProcessError):
                 raise
+            reason = _in_the_way(folder)
+            # What was in the way may have ended just before it was looked for: refused twice is refused.
+            if reason is None and is_last:
+                raise
+            is_last = reason is None
         else:
             return
-        if monotonic() > until_s:
+        if reason is not None and monotonic() > until_s:
             raise EmbeddedDatabaseError(
-                f"the embedded PostgreSQL still recovers from a crash after {RECOVERY_TIMEOUT_S:g} s, and goes on "
-                f"doing so by itself; start again later, and see {folder / 'log'}"
+                f"the embedded PostgreSQL {reason} after {RECOVERY_TIMEOUT_S:g} s, and goes on doing so by itself; "
+                f"start again later, and see {folder / 'log'}"
             )
-        if not is_told:
-            _log.warning("waiting_for_database", problem="the embedded PostgreSQL recovers from a crash")
-            is_told = True
+        if reason not in {None, problem}:
+            _log.warning("waiting_for_database", problem=f"the embedded PostgreSQL {reason}")
+            problem = reason
         sleep(RETRY_S)
 
 

@@ -17,6 +17,8 @@ from latchgate.storage.transaction import PostgresTransaction
 SCAN_ROWS: Final = 1000
 # As many as are published before others of the work beside the calls get a turn.
 PUBLISH_AT_ONCE: Final = 200
+# How often it is written down up to which expiry was looked, if there is nothing to note.
+SCAN_PAUSE: Final = timedelta(seconds=30)
 
 _EXPIRED: Final = "expired"
 _FIRST_USED: Final = "first_used"
@@ -34,8 +36,17 @@ class Notices:
 
     async def work(self) -> int:
         """Notes what has come about, and publishes it; gives how many events."""
-        await self.note()
+        if await self._may_be_due():
+            await self.note()
         return await self.publish()
+
+    async def _may_be_due(self) -> bool:
+        """Says whether there is anything to note; one statement that writes nothing."""
+        async with self._database.connection() as connection:
+            is_due: bool = await connection.fetchval(
+                queries_outbox.EXPIRY_DUE, list(self._leads), list(self._leads.values()), SCAN_PAUSE
+            )
+        return is_due
 
     async def publish(self) -> int:
         """Publishes what was noted and still holds; gives how many events."""

@@ -10,7 +10,7 @@ from typing import Final
 from latchgate.domain.deliveries import Judgement
 from latchgate.domain.events import disabled_event
 from latchgate.domain.mail import MailAttempt, MailJudgement
-from latchgate.domain.outbox import Attempt, DeliveryState, EventType, OutboxFigures, Reply, Webhook
+from latchgate.domain.outbox import Attempt, DeliveryState, EventType, OutboxDue, OutboxFigures, Reply, Webhook
 from latchgate.domain.ports import IdMaker
 from latchgate.domain.webhooks import webhook_entry
 from latchgate.storage import queries_outbox
@@ -37,6 +37,14 @@ class Outbox:
         self._make_id = make_id
         self._has_mail = has_mail
         self.news = news or asyncio.Event()
+
+    async def due(self) -> OutboxDue:
+        """Says what there is to be done now."""
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow(queries_outbox.OUTBOX_DUE)
+        if row is None:
+            raise LookupError("a statement that always gives a row gave none")
+        return OutboxDue(events=row["events"], deliveries=row["deliveries"], mails=row["mails"])
 
     async def dispatch(self) -> int:
         """Makes deliveries and mail of events that were not handed on yet, some of them; gives how many events."""

@@ -109,6 +109,14 @@ async def prepare_connection(connection: Connection) -> None:
             found.setsockopt(level, option, value)
 
 
+async def _leave_as_it_is(_: Connection) -> None:
+    """Spares a connection that is given back the driver's four statements of cleaning, a round trip each time.
+
+    Nothing is left to be cleaned: what statements set and lock ends with their transaction, and one that is open the
+    driver rolls back all the same. LISTEN, and locks and settings of sessions, are for connections outside the pool.
+    """
+
+
 class Database:
     """The pool of connections for management."""
 
@@ -128,6 +136,7 @@ class Database:
             command_timeout=MANAGEMENT_TIMEOUT_S,
             max_inactive_connection_lifetime=60.0,
             init=prepare_connection,
+            reset=_leave_as_it_is,
             server_settings=_SERVER_SETTINGS,
         )
         with translated():

@@ -761,6 +761,9 @@ UNION ALL
 SELECT format('GRANT USAGE ON SCHEMA %I TO %I', current_schema(), $1::text)
 """
 
+# The schema's version, if it has one: the table is Alembic's.
+SCHEMA_VERSION = "SELECT version_num FROM alembic_version"
+
 # Held until the session ends: one process migrates, the others wait.
 MIGRATION_LOCK_TAKE = "SELECT pg_advisory_lock($1)"
 

@@ -51,6 +51,15 @@ SELECT count(*) FROM due
 """
 )
 
+# Whether there are events to be handed on, and deliveries and mail that are due: all that a worker asks for again and
+# again while there is nothing. Takes no lock and writes nothing, and reads the first entry of an index each, however
+# much waits for later.
+OUTBOX_DUE = """
+SELECT EXISTS (SELECT 1 FROM event WHERE dispatch_time IS NULL) AS events,
+       coalesce((SELECT min(next_time) FROM delivery WHERE state = 'pending') <= now(), false) AS deliveries,
+       coalesce((SELECT min(next_time) FROM mail WHERE state = 'pending') <= now(), false) AS mails
+"""
+
 # An event for one webhook alone, handed on already; gives the delivery's id.
 EVENT_INSERT_FOR_ONE = (
     """
@@ -264,6 +273,24 @@ MAIL_FINISH = """
 UPDATE mail
 SET state = $3, next_time = $4, last_error = $5, done_time = CASE WHEN $3 <> 'pending' THEN now() END
 WHERE id = $1 AND attempts = $2 AND state = 'pending'
+"""
+
+# Whether EXPIRY_SCAN may note anything for one of the kinds $1, each with its $2, or has not moved on for $3. While
+# there is nothing no row is locked or written, but once in that time; no more keys are read than those of that time.
+EXPIRY_DUE = """
+SELECT EXISTS (
+    SELECT 1 FROM unnest($1::text[], $2::interval[]) AS lead (kind, span)
+    LEFT JOIN expiry_scan scan ON scan.kind = lead.kind
+    WHERE scan.kind IS NULL OR scan.until_time <= now() + lead.span - $3::interval OR EXISTS (
+        SELECT 1 FROM key k
+        WHERE k.revoke_time IS NULL AND k.expire_time IS NOT NULL
+          AND k.expire_time > scan.until_time - interval '1 minute' AND k.expire_time <= now() + lead.span
+          AND NOT EXISTS (
+              SELECT 1 FROM key_notice n
+              WHERE n.key_id = k.id AND n.kind = lead.kind AND n.expire_time = k.expire_time
+          )
+    )
+)
 """
 
 # Begins to look for keys that come to an expiry within $2, from those on that do so from now on.
