@@ -38,7 +38,7 @@ FOUND_COLUMNS = {
 AUDIT_COLUMNS = {
     "organization_id", "sequence", "event_time", "actor_key_id", "actor_organization_id", "certificate",
     "peer", "method", "request_id", "entity", "entity_id", "before_change", "after_change", "revision", "code",
-    "reason", "hash",
+    "reason", "actor_subject", "hash",
 }  # fmt: skip
 KNOWN_COLUMNS = {
     "digest", "hint", "key_id", "organization_id", "name", "key_type", "environment", "permissions",
@@ -89,6 +89,7 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "ORGANIZATION_LOCK": ("text", {"?column?"}),
     "ORGANIZATION_LIST": ("text int8", ORGANIZATION_COLUMNS),
     "ORGANIZATION_SCOPES": ("text", {"scopes"}),
+    "ORGANIZATION_STANDING": ("text", {"now", "active"}),
     "ORGANIZATION_INSERT": ("text text text jsonb", set()),
     "ORGANIZATION_UPDATE": ("text text text bool jsonb", set()),
     "PLAN_LOCK": ("text", PLAN_COLUMNS),
@@ -114,10 +115,10 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "REQUEST_DELETE": ("interval int8", set()),
     "AUDIT_HEAD_LOCK": ("text", {"sequence", "hash", "event_time"}),
     "AUDIT_EVENT_INSERT": (
-        "text int8 timestamptz text text text text text text text text jsonb jsonb int8 text text bytea",
+        "text int8 timestamptz text text text text text text text text jsonb jsonb int8 text text text bytea",
         set(),
     ),
-    "AUDIT_EVENT_LIST": ("text int8 text text text text text timestamptz timestamptz int8", AUDIT_COLUMNS),
+    "AUDIT_EVENT_LIST": ("text int8 text text text text text text timestamptz timestamptz int8", AUDIT_COLUMNS),
     "AUDIT_EVENT_WALK": ("text int8 int8 int8", AUDIT_COLUMNS),
     "AUDIT_CHAIN_LIST": ("", {"organization_id", "sequence", "hash", "start_sequence", "start_hash", "last_sequence"}),
     "AUDIT_ORPHAN_LIST": ("", {"organization_id"}),
