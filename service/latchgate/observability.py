@@ -175,6 +175,11 @@ class Metrics:
         self._call_seconds = _Durations("latchgate_call_seconds", "Time to answer a call.")
         registry.register(self._call_seconds)
         self._outcomes = Counter("latchgate_outcomes", "Tokens judged, by outcome.", ["outcome"], registry=registry)
+        self._refresh_reuses = Counter(
+            "latchgate_refresh_tokens_reused",
+            "Refresh tokens that were used a second time: what came of their exchange has ended.",
+            registry=registry,
+        )
         self._lookups = Counter(
             "latchgate_lookups", "Digests asked of the database: answered or error.", ["result"], registry=registry
         )
@@ -291,6 +296,10 @@ class Metrics:
     def not_exchanged(self) -> None:
         """The store of rate limits has not answered."""
         self._not_exchanged.inc()
+
+    def refresh_token_reused(self) -> None:
+        """A refresh token was used that was used up before."""
+        self._refresh_reuses.inc()
 
     def unrecorded(self) -> None:
         """A refused call of management could not be recorded."""

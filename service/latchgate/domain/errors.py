@@ -59,6 +59,24 @@ class CredentialsInvalidError(UnauthenticatedError):
     """The call's token is not accepted."""
 
 
+class RefreshTokenInvalidError(UnauthenticatedError):
+    """The refresh token is not accepted, for whatever reason."""
+
+    def __init__(self) -> None:
+        super().__init__("the refresh token is not accepted; exchange the key again")
+
+
+class RefreshTokenReusedError(UnauthenticatedError):
+    """The refresh token was used up before; its family, of this id, has ended."""
+
+    def __init__(self, family_id: str) -> None:
+        super().__init__(
+            "the refresh token was used before, and so it or its successor is in other hands; all that came of the "
+            "same exchange has ended: exchange the key again, and find out who else has had its refresh token"
+        )
+        self.family_id = family_id
+
+
 class DeniedError(LatchgateError):
     """The caller is known and may not do this."""
 

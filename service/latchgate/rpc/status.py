@@ -38,6 +38,8 @@ _TABLE: Final[dict[type[errors.LatchgateError], tuple[grpc.StatusCode, error_rea
     errors.ImportTooLongError: (grpc.StatusCode.INVALID_ARGUMENT, _Reason.ERROR_REASON_IMPORT_TOO_LONG),
     errors.CredentialsMissingError: (grpc.StatusCode.UNAUTHENTICATED, _Reason.ERROR_REASON_CREDENTIALS_MISSING),
     errors.CredentialsInvalidError: (grpc.StatusCode.UNAUTHENTICATED, _Reason.ERROR_REASON_CREDENTIALS_INVALID),
+    errors.RefreshTokenInvalidError: (grpc.StatusCode.UNAUTHENTICATED, _Reason.ERROR_REASON_REFRESH_TOKEN_INVALID),
+    errors.RefreshTokenReusedError: (grpc.StatusCode.UNAUTHENTICATED, _Reason.ERROR_REASON_REFRESH_TOKEN_REUSED),
     errors.OrganizationInactiveError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_ORGANIZATION_INACTIVE),
     errors.AddressDeniedError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_ADDRESS_DENIED),
     errors.PermissionMissingError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_PERMISSION_MISSING),

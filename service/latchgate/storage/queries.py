@@ -161,11 +161,14 @@ SELECT $1, counted.id, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13 FROM count
 """
 
 # All that can change of a key; one that is revoked by this is counted no more, and one that is brought back is again.
+# With a key that is revoked end the tokens that it was exchanged for, for good.
 KEY_UPDATE = """
 WITH counted AS (
     UPDATE organization o SET key_count = o.key_count + CASE WHEN k.revoke_time IS NULL THEN -1 ELSE 1 END
     FROM key k
     WHERE k.id = $1 AND o.id = k.organization_id AND (k.revoke_time IS NULL) <> ($9::timestamptz IS NULL)
+), refreshed AS (
+    DELETE FROM token_family WHERE key_id = $1 AND $9 IS NOT NULL
 )
 UPDATE key
 SET name = $2, permissions = $3, rate_limit_per_minute = $4, active = $5, metadata = $6, allowed_cidrs = $7,
@@ -306,7 +309,7 @@ SELECT EXISTS (
 
 # Whether a rotation has ended a secret for good: the one that came in its place, or one after that, was made no earlier
 # than it ends. Both times are stored, so a clock that is set back does not bring the secret back.
-_SECRET_HAS_ENDED = """(s.end_time IS NOT NULL AND EXISTS (
+SECRET_HAS_ENDED = """(s.end_time IS NOT NULL AND EXISTS (
                SELECT 1 FROM secret later
                WHERE later.key_id = s.key_id AND later.id > s.id AND later.create_time >= s.end_time
            ))"""
@@ -326,7 +329,7 @@ LEFT JOIN LATERAL (
            CASE WHEN k.rate_limit_per_minute > 0 THEN k.rate_limit_per_minute ELSE p.rate_limit_per_minute END
                AS rate_limit_per_minute,
            k.active, k.revoke_time IS NOT NULL OR """
-    + _SECRET_HAS_ENDED
+    + SECRET_HAS_ENDED
     + """ AS revoked,
            coalesce(extract(epoch FROM k.expire_time)::float8, 'Infinity') AS expire_s,
            coalesce(extract(epoch FROM s.end_time)::float8, 'Infinity') AS secret_end_s,
