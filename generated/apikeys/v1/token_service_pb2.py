@@ -28,7 +28,7 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61pikeys/v1/token_service.proto\x12\napikeys.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa6\x01\n\x12\x45xchangeKeyRequest\x12_\n\x0bpermissions\x18\x01 \x03(\tBJ\xbaHG\x92\x01\x44\x10\x64\x18\x01\">r<\x18\x64\x32\x38^([a-z0-9][a-z0-9_.-]*|\\*)(:([a-z0-9][a-z0-9_.-]*|\\*))*$\x12/\n\x08\x61udience\x18\x02 \x01(\tB\x1d\xbaH\x1ar\x18\x18\xff\x01\x32\x13^[^\\x00-\\x1f\\x7f]*$\"\xc0\x01\n\x13\x45xchangeKeyResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x12\n\ntoken_type\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrefresh_token\x18\x04 \x01(\t\x12\x37\n\x13refresh_expire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"]\n\x13RefreshTokenRequest\x12%\n\rrefresh_token\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\x80\x04\x12\x1f\n\nrequest_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"\xc1\x01\n\x14RefreshTokenResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x12\n\ntoken_type\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrefresh_token\x18\x04 \x01(\t\x12\x37\n\x13refresh_expire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\";\n\x12RevokeTokenRequest\x12%\n\rrefresh_token\x18\x01 \x01(\tB\x0e\xe2\x41\x01\x02\xbaH\x07r\x05\x10\x01\x18\x80\x04\"\x15\n\x13RevokeTokenResponse\"\x10\n\x0eGetJwksRequest\"7\n\x0fGetJwksResponse\x12$\n\x04keys\x18\x01 \x03(\x0b\x32\x16.apikeys.v1.JsonWebKey\"c\n\nJsonWebKey\x12\x0b\n\x03kty\x18\x01 \x01(\t\x12\x0b\n\x03\x63rv\x18\x02 \x01(\t\x12\t\n\x01x\x18\x03 \x01(\t\x12\t\n\x01y\x18\x04 \x01(\t\x12\x0b\n\x03kid\x18\x05 \x01(\t\x12\x0b\n\x03\x61lg\x18\x06 \x01(\t\x12\x0b\n\x03use\x18\x07 \x01(\t\"\x1a\n\x18RotateSigningKeysRequest\"@\n\x19RotateSigningKeysResponse\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.apikeys.v1.JsonWebKey2\xc7\x04\n\x0cTokenService\x12\x65\n\x0b\x45xchangeKey\x12\x1e.apikeys.v1.ExchangeKeyRequest\x1a\x1f.apikeys.v1.ExchangeKeyResponse\"\x15\x82\xd3\xe4\x93\x02\x0f\"\n/v1/tokens:\x01*\x12p\n\x0cRefreshToken\x12\x1f.apikeys.v1.RefreshTokenRequest\x1a .apikeys.v1.RefreshTokenResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/v1/tokens/refresh:\x01*\x12l\n\x0bRevokeToken\x12\x1e.apikeys.v1.RevokeTokenRequest\x1a\x1f.apikeys.v1.RevokeTokenResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\"\x11/v1/tokens/revoke:\x01*\x12\x62\n\x07GetJwks\x12\x1a.apikeys.v1.GetJwksRequest\x1a\x1b.apikeys.v1.GetJwksResponse\"\x1e\x82\xd3\xe4\x93\x02\x18\x12\x16/.well-known/jwks.json\x12\x8b\x01\n\x11RotateSigningKeys\x12$.apikeys.v1.RotateSigningKeysRequest\x1a%.apikeys.v1.RotateSigningKeysResponse\")\x82\xd3\xe4\x93\x02#\"\x1e/v1/tokens/signing-keys:rotate:\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61pikeys/v1/token_service.proto\x12\napikeys.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa6\x01\n\x12\x45xchangeKeyRequest\x12_\n\x0bpermissions\x18\x01 \x03(\tBJ\xbaHG\x92\x01\x44\x10\x64\x18\x01\">r<\x18\x64\x32\x38^([a-z0-9][a-z0-9_.-]*|\\*)(:([a-z0-9][a-z0-9_.-]*|\\*))*$\x12/\n\x08\x61udience\x18\x02 \x01(\tB\x1d\xbaH\x1ar\x18\x18\xff\x01\x32\x13^[^\\x00-\\x1f\\x7f]*$\"\xc0\x01\n\x13\x45xchangeKeyResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x12\n\ntoken_type\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrefresh_token\x18\x04 \x01(\t\x12\x37\n\x13refresh_expire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"e\n\x13RefreshTokenRequest\x12-\n\rrefresh_token\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xbaH\x0fr\r\x18\x80\x04\x32\x08^[!-~]+$\x12\x1f\n\nrequest_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"\xc1\x01\n\x14RefreshTokenResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x12\n\ntoken_type\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrefresh_token\x18\x04 \x01(\t\x12\x37\n\x13refresh_expire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"C\n\x12RevokeTokenRequest\x12-\n\rrefresh_token\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xbaH\x0fr\r\x18\x80\x04\x32\x08^[!-~]+$\"\x15\n\x13RevokeTokenResponse\"\x10\n\x0eGetJwksRequest\"7\n\x0fGetJwksResponse\x12$\n\x04keys\x18\x01 \x03(\x0b\x32\x16.apikeys.v1.JsonWebKey\"c\n\nJsonWebKey\x12\x0b\n\x03kty\x18\x01 \x01(\t\x12\x0b\n\x03\x63rv\x18\x02 \x01(\t\x12\t\n\x01x\x18\x03 \x01(\t\x12\t\n\x01y\x18\x04 \x01(\t\x12\x0b\n\x03kid\x18\x05 \x01(\t\x12\x0b\n\x03\x61lg\x18\x06 \x01(\t\x12\x0b\n\x03use\x18\x07 \x01(\t\"\x1a\n\x18RotateSigningKeysRequest\"@\n\x19RotateSigningKeysResponse\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.apikeys.v1.JsonWebKey2\xc7\x04\n\x0cTokenService\x12\x65\n\x0b\x45xchangeKey\x12\x1e.apikeys.v1.ExchangeKeyRequest\x1a\x1f.apikeys.v1.ExchangeKeyResponse\"\x15\x82\xd3\xe4\x93\x02\x0f\"\n/v1/tokens:\x01*\x12p\n\x0cRefreshToken\x12\x1f.apikeys.v1.RefreshTokenRequest\x1a .apikeys.v1.RefreshTokenResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/v1/tokens/refresh:\x01*\x12l\n\x0bRevokeToken\x12\x1e.apikeys.v1.RevokeTokenRequest\x1a\x1f.apikeys.v1.RevokeTokenResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\"\x11/v1/tokens/revoke:\x01*\x12\x62\n\x07GetJwks\x12\x1a.apikeys.v1.GetJwksRequest\x1a\x1b.apikeys.v1.GetJwksResponse\"\x1e\x82\xd3\xe4\x93\x02\x18\x12\x16/.well-known/jwks.json\x12\x8b\x01\n\x11RotateSigningKeys\x12$.apikeys.v1.RotateSigningKeysRequest\x1a%.apikeys.v1.RotateSigningKeysResponse\")\x82\xd3\xe4\x93\x02#\"\x1e/v1/tokens/signing-keys:rotate:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,11 +40,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXCHANGEKEYREQUEST'].fields_by_name['audience']._loaded_options = None
   _globals['_EXCHANGEKEYREQUEST'].fields_by_name['audience']._serialized_options = b'\272H\032r\030\030\377\0012\023^[^\\x00-\\x1f\\x7f]*$'
   _globals['_REFRESHTOKENREQUEST'].fields_by_name['refresh_token']._loaded_options = None
-  _globals['_REFRESHTOKENREQUEST'].fields_by_name['refresh_token']._serialized_options = b'\342A\001\002\272H\007r\005\020\001\030\200\004'
+  _globals['_REFRESHTOKENREQUEST'].fields_by_name['refresh_token']._serialized_options = b'\342A\001\002\272H\017r\r\030\200\0042\010^[!-~]+$'
   _globals['_REFRESHTOKENREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_REFRESHTOKENREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_REVOKETOKENREQUEST'].fields_by_name['refresh_token']._loaded_options = None
-  _globals['_REVOKETOKENREQUEST'].fields_by_name['refresh_token']._serialized_options = b'\342A\001\002\272H\007r\005\020\001\030\200\004'
+  _globals['_REVOKETOKENREQUEST'].fields_by_name['refresh_token']._serialized_options = b'\342A\001\002\272H\017r\r\030\200\0042\010^[!-~]+$'
   _globals['_TOKENSERVICE'].methods_by_name['ExchangeKey']._loaded_options = None
   _globals['_TOKENSERVICE'].methods_by_name['ExchangeKey']._serialized_options = b'\202\323\344\223\002\017\"\n/v1/tokens:\001*'
   _globals['_TOKENSERVICE'].methods_by_name['RefreshToken']._loaded_options = None
@@ -60,23 +60,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXCHANGEKEYRESPONSE']._serialized_start=341
   _globals['_EXCHANGEKEYRESPONSE']._serialized_end=533
   _globals['_REFRESHTOKENREQUEST']._serialized_start=535
-  _globals['_REFRESHTOKENREQUEST']._serialized_end=628
-  _globals['_REFRESHTOKENRESPONSE']._serialized_start=631
-  _globals['_REFRESHTOKENRESPONSE']._serialized_end=824
-  _globals['_REVOKETOKENREQUEST']._serialized_start=826
-  _globals['_REVOKETOKENREQUEST']._serialized_end=885
-  _globals['_REVOKETOKENRESPONSE']._serialized_start=887
-  _globals['_REVOKETOKENRESPONSE']._serialized_end=908
-  _globals['_GETJWKSREQUEST']._serialized_start=910
-  _globals['_GETJWKSREQUEST']._serialized_end=926
-  _globals['_GETJWKSRESPONSE']._serialized_start=928
-  _globals['_GETJWKSRESPONSE']._serialized_end=983
-  _globals['_JSONWEBKEY']._serialized_start=985
-  _globals['_JSONWEBKEY']._serialized_end=1084
-  _globals['_ROTATESIGNINGKEYSREQUEST']._serialized_start=1086
-  _globals['_ROTATESIGNINGKEYSREQUEST']._serialized_end=1112
-  _globals['_ROTATESIGNINGKEYSRESPONSE']._serialized_start=1114
-  _globals['_ROTATESIGNINGKEYSRESPONSE']._serialized_end=1178
-  _globals['_TOKENSERVICE']._serialized_start=1181
-  _globals['_TOKENSERVICE']._serialized_end=1764
+  _globals['_REFRESHTOKENREQUEST']._serialized_end=636
+  _globals['_REFRESHTOKENRESPONSE']._serialized_start=639
+  _globals['_REFRESHTOKENRESPONSE']._serialized_end=832
+  _globals['_REVOKETOKENREQUEST']._serialized_start=834
+  _globals['_REVOKETOKENREQUEST']._serialized_end=901
+  _globals['_REVOKETOKENRESPONSE']._serialized_start=903
+  _globals['_REVOKETOKENRESPONSE']._serialized_end=924
+  _globals['_GETJWKSREQUEST']._serialized_start=926
+  _globals['_GETJWKSREQUEST']._serialized_end=942
+  _globals['_GETJWKSRESPONSE']._serialized_start=944
+  _globals['_GETJWKSRESPONSE']._serialized_end=999
+  _globals['_JSONWEBKEY']._serialized_start=1001
+  _globals['_JSONWEBKEY']._serialized_end=1100
+  _globals['_ROTATESIGNINGKEYSREQUEST']._serialized_start=1102
+  _globals['_ROTATESIGNINGKEYSREQUEST']._serialized_end=1128
+  _globals['_ROTATESIGNINGKEYSRESPONSE']._serialized_start=1130
+  _globals['_ROTATESIGNINGKEYSRESPONSE']._serialized_end=1194
+  _globals['_TOKENSERVICE']._serialized_start=1197
+  _globals['_TOKENSERVICE']._serialized_end=1780
 # @@protoc_insertion_point(module_scope)

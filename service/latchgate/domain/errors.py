@@ -62,19 +62,9 @@ class CredentialsInvalidError(UnauthenticatedError):
 class RefreshTokenInvalidError(UnauthenticatedError):
     """The refresh token is not accepted, for whatever reason."""
 
-    def __init__(self) -> None:
-        super().__init__("the refresh token is not accepted; exchange the key again")
-
 
 class RefreshTokenReusedError(UnauthenticatedError):
-    """The refresh token was used up before; its family, of this id, has ended."""
-
-    def __init__(self, family_id: str) -> None:
-        super().__init__(
-            "the refresh token was used before, and so it or its successor is in other hands; all that came of the "
-            "same exchange has ended: exchange the key again, and find out who else has had its refresh token"
-        )
-        self.family_id = family_id
+    """The refresh token was used up before; its family has ended."""
 
 
 class DeniedError(LatchgateError):

@@ -52,10 +52,11 @@ class RefreshTokenFormat:
     def mint(self, handle: str = "") -> RefreshToken:
         """Makes the next token of the family with this handle; without one, the first of a new family."""
         handle = handle or random_text(HANDLE_LENGTH)
-        return RefreshToken(
-            token=self._format.tagged(self._prefix + handle + random_text(OWN_LENGTH)),
-            handle=handle,
-        )
+        return RefreshToken(token=self.tagged(handle, random_text(OWN_LENGTH)), handle=handle)
+
+    def tagged(self, handle: str, own: str) -> str:
+        """Puts a token together of its family's part and its own."""
+        return self._format.tagged(self._prefix + handle + own)
 
     def read(self, text: str) -> RefreshToken | None:
         """Gives the token that a text is; None if it was not minted here. Tokens outlive a change of the prefix."""

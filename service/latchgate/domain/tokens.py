@@ -107,11 +107,11 @@ class TokenManager:
         """Uses a refresh token up. One that was used up before ends its family, which stays so though this raises."""
         token = self._read(visitor, text)
         if token is None:
-            raise RefreshTokenInvalidError
+            raise _invalid()
         async with self._store.transaction() as transaction:
             found = await self._lock(transaction, visitor, token)
             if found is None:
-                raise RefreshTokenInvalidError
+                raise _invalid()
             caller, holder, family = found
             use = use_of(family, token, request_id)
             if use is Use.REUSE:
@@ -121,7 +121,10 @@ class TokenManager:
                 entry = family_entry(holder.organization_id, family, None, None)
                 await transaction.record_audit(caller, entry)
         if use is Use.REUSE:
-            raise RefreshTokenReusedError(family.id)
+            raise RefreshTokenReusedError(
+                "the refresh token was used before, and so it or its successor is in other hands; all that came of the "
+                "same exchange has ended: exchange the key again, and find out who else has had its refresh token"
+            )
         self._uses.used_secret(holder.secret_id, holder.organization_id, holder.read_time.timestamp())
         return grant
 
@@ -175,7 +178,7 @@ class TokenManager:
         token, request_id, use = presented
         is_over = family.expire_time <= holder.read_time
         if is_over or use is Use.LATE or not (holder.is_good and holder.may_be_at(visitor.client_ip)):
-            raise RefreshTokenInvalidError
+            raise _invalid()
         if use is Use.RETRY and request_id is not None and family.sealed_token is not None:
             following = self._sealer.open(request_id, family.sealed_token)
         else:
@@ -201,6 +204,11 @@ class TokenManager:
             refresh_token=refresh_token,
             refresh_expire_time=family.expire_time,
         )
+
+
+def _invalid() -> RefreshTokenInvalidError:
+    """Makes the one answer for all refresh tokens that are not accepted: it does not tell them apart."""
+    return RefreshTokenInvalidError("the refresh token is not accepted; exchange the key again")
 
 
 async def _end(transaction: TokenTransaction, caller: Caller, family: Family, reason: str) -> None:

@@ -39,16 +39,11 @@ class TokenService:
         request_id = UUID(request.request_id) if request.request_id else None
         try:
             grant = await self._tokens.refresh(visitor, request.refresh_token, request_id)
-        except RefreshTokenReusedError as error:
+        except RefreshTokenReusedError:
             self._observer.refresh_token_reused()
-            key_id = visitor.caller.key_id if visitor.caller else ""
-            _log.warning(
-                "refresh_token_reused",
-                key=key_id,
-                family=error.family_id,
-                peer=visitor.call.peer,
-                request_id=visitor.call.request_id,
-            )
+            call, caller = visitor.call, visitor.caller
+            key_id = caller.key_id if caller else None
+            _log.warning("refresh_token_reused", key=key_id, peer=call.peer, request_id=call.request_id)
             raise
         return pb.RefreshTokenResponse(**_fields(grant))
 
