@@ -12,6 +12,9 @@ from joserfc.jwk import KeySet
 
 from apikeys.v1 import token_service_pb2 as pb
 from latchgate.domain.refresh import HANDLE_LENGTH, OWN_LENGTH, RefreshToken, RefreshTokenFormat
+from latchgate.storage import queries_tokens
+from latchgate.storage.signing import JoseSigner
+from latchgate.storage.tokens import signing_key
 from support.service import TAG_KEY, RunningService
 
 REFRESH_TOKENS: Final = RefreshTokenFormat(TAG_KEY.encode())
@@ -56,6 +59,17 @@ async def published(service: RunningService) -> Sequence[Mapping[str, str]]:
     """Reads the keys that tokens are verified with."""
     answer: pb.GetJwksResponse = await service.tokens.GetJwks(pb.GetJwksRequest())
     return [{field.name: value for field, value in key.ListFields()} for key in answer.keys]
+
+
+async def signed(service: RunningService, claims: Mapping[str, object]) -> str:
+    """Signs claims as the service would, whatever they are."""
+    connection = await asyncpg.connect(service.database_url)
+    try:
+        row = await connection.fetchrow(queries_tokens.SIGNING_KEY_LIST)
+    finally:
+        await connection.close()
+    assert row is not None
+    return JoseSigner(TAG_KEY.encode()).sign(signing_key(row), claims)
 
 
 async def verified(service: RunningService, access_token: str) -> dict[str, Any]:
