@@ -24,7 +24,9 @@ from latchgate.domain.outbox import OutboxFigures
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 # The last line of defence, not the first: nothing hands a token or a connection string to a logger.
-_SECRET = re.compile(r"_[0-9A-Za-z]{40,}|postgres(?:ql)?://\S+|bearer\s+\S+", re.IGNORECASE)
+_SECRET = re.compile(
+    r"_[0-9A-Za-z]{40,}|eyJ[\w-]{10,}\.[\w-]*(?:\.[\w-]*)?|postgres(?:ql)?://\S+|bearer\s+\S+", re.IGNORECASE
+)
 _REDACTED = "[redacted]"
 
 

@@ -17,7 +17,7 @@ from latchgate.storage.migrate import SchemaError, check_server, migrate
 from latchgate.storage.postgres import Connection
 from support.databases import connected, fault_proxy, started_and_waiting
 
-HEAD = "0007"
+HEAD = "0008"
 TABLES = {
     "alembic_version",
     "audit_event",
@@ -37,7 +37,9 @@ TABLES = {
     "rate_window",
     "request",
     "secret",
+    "signing_key",
     "suspicious_use",
+    "token_family",
     "usage_by_organization",
     "usage_by_secret",
     "usage_flush",

@@ -118,7 +118,7 @@ async def test_scopes_of_routes(verifying: Edge, acme: Tenant, permissions: list
 
 
 async def test_revoked_keys_tokens_live_out_their_minutes(verifying: Edge, acme: Tenant) -> None:
-    """What the docs say plainly: a revoked key refreshes nothing any more, and its access token is let through still."""
+    """What the docs say: a revoked key refreshes nothing any more, and its access token is let through still."""
     created = await acme.key(permissions=["read"])
     grant = await exchange(acme, created.token)
     assert 200 == (await verifying.call("GET", "/orders", token=grant.access_token)).status

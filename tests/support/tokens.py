@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import asyncpg
+import grpc
 from joserfc import jwt
 from joserfc.jwk import KeySet
 
@@ -15,7 +16,7 @@ from latchgate.domain.refresh import HANDLE_LENGTH, OWN_LENGTH, RefreshToken, Re
 from latchgate.storage import queries_tokens
 from latchgate.storage.signing import JoseSigner
 from latchgate.storage.tokens import signing_key
-from support.service import TAG_KEY, RunningService
+from support.service import TAG_KEY, RunningService, bearer, refusal
 
 REFRESH_TOKENS: Final = RefreshTokenFormat(TAG_KEY.encode())
 """The format of a service's own refresh tokens."""
@@ -76,3 +77,30 @@ async def verified(service: RunningService, access_token: str) -> dict[str, Any]
     """Gives what an access token says, if a published key has signed it: as another library's user would judge."""
     keys = KeySet.import_key_set({"keys": [dict(key) for key in await published(service)]})
     return dict(jwt.decode(access_token, keys, algorithms=["ES256"]).claims)
+
+
+async def exchange(service: RunningService, token: str, **fields: Any) -> pb.ExchangeKeyResponse:
+    """Exchanges the key of a token."""
+    request = pb.ExchangeKeyRequest(**fields)
+    answer: pb.ExchangeKeyResponse = await service.tokens.ExchangeKey(request, metadata=bearer(token))
+    return answer
+
+
+async def refresh(service: RunningService, refresh_token: str, request_id: str = "") -> pb.RefreshTokenResponse:
+    """Uses a refresh token up."""
+    request = pb.RefreshTokenRequest(refresh_token=refresh_token, request_id=request_id)
+    answer: pb.RefreshTokenResponse = await service.tokens.RefreshToken(request)
+    return answer
+
+
+async def revoke(service: RunningService, refresh_token: str) -> None:
+    """Ends what came of an exchange."""
+    await service.tokens.RevokeToken(pb.RevokeTokenRequest(refresh_token=refresh_token))
+
+
+async def refused_refresh(service: RunningService, refresh_token: str, request_id: str = "") -> str:
+    """Demands that a refresh is refused as one of nobody who is known, and gives the reason."""
+    error = await refusal(refresh(service, refresh_token, request_id))
+    assert grpc.StatusCode.UNAUTHENTICATED == error.code
+    assert {} == error.metadata
+    return error.reason

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 import pytest_asyncio
 
 from support.service import RunningService, run_service
-from support.transport import fresh_database
 from support.tokens import plant_tokens
+from support.transport import fresh_database
 from support.webhooks import plant_webhooks
 
 

@@ -27,6 +27,7 @@ MAX_DESCRIPTION_BYTES: Final = 400
 
 # Clients log what they are told. A token that stood in a wrong field, and would be named with it, is not sent back.
 _TOKEN_BODY: Final = re.compile(r"_[0-9A-Za-z]{40,}")
+_JWT: Final = re.compile(r"eyJ[\w-]{10,}\.[\w-]*(\.[\w-]*)?")
 
 _Reason = error_reason_pb2.ErrorReason
 
@@ -121,7 +122,7 @@ def _bad_request(error: errors.InvalidFieldError) -> error_details_pb2.BadReques
 
 def told(text: str, max_bytes: int) -> str:
     """Gives a text as it may be told: without tokens, and no longer than `max_bytes`."""
-    text = _TOKEN_BODY.sub("_...", text)
+    text = _JWT.sub("eyJ...", _TOKEN_BODY.sub("_...", text))
     encoded = text.encode()
     return text if len(encoded) <= max_bytes else encoded[: max_bytes - 4].decode(errors="ignore") + " ..."
 

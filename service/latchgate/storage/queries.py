@@ -309,7 +309,7 @@ SELECT EXISTS (
 
 # Whether a rotation has ended a secret for good: the one that came in its place, or one after that, was made no earlier
 # than it ends. Both times are stored, so a clock that is set back does not bring the secret back.
-SECRET_HAS_ENDED = """(s.end_time IS NOT NULL AND EXISTS (
+_SECRET_HAS_ENDED = """(s.end_time IS NOT NULL AND EXISTS (
                SELECT 1 FROM secret later
                WHERE later.key_id = s.key_id AND later.id > s.id AND later.create_time >= s.end_time
            ))"""
@@ -329,7 +329,7 @@ LEFT JOIN LATERAL (
            CASE WHEN k.rate_limit_per_minute > 0 THEN k.rate_limit_per_minute ELSE p.rate_limit_per_minute END
                AS rate_limit_per_minute,
            k.active, k.revoke_time IS NOT NULL OR """
-    + SECRET_HAS_ENDED
+    + _SECRET_HAS_ENDED
     + """ AS revoked,
            coalesce(extract(epoch FROM k.expire_time)::float8, 'Infinity') AS expire_s,
            coalesce(extract(epoch FROM s.end_time)::float8, 'Infinity') AS secret_end_s,
@@ -341,6 +341,23 @@ LEFT JOIN LATERAL (
     JOIN plan p ON p.id = o.plan_id
     WHERE s.digest = ANY ($1::bytea[])
 ) found ON true
+"""
+)
+
+# What tokens need to know of the key $1, which is locked with its organization, and of its secret $2: so nothing of it
+# can change any more. By the clock and not by the transaction's begin, since when the secret may have been ended.
+SECRET_GET_HOLDER = (
+    """
+SELECT k.id AS key_id, s.id AS secret_id, k.organization_id, o.active AS organization_active, k.active,
+       k.revoke_time IS NOT NULL AS revoked, k.expire_time, """
+    + _SECRET_HAS_ENDED
+    + """ AS is_ended,
+       s.end_time AS secret_end_time, k.permissions, k.allowed_cidrs, k.key_type, k.environment, k.user_id,
+       clock_timestamp() AS read_time
+FROM key k
+JOIN organization o ON o.id = k.organization_id
+JOIN secret s ON s.key_id = k.id
+WHERE k.id = $1 AND s.id = $2
 """
 )
 

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from latchgate.storage.queries import SECRET_HAS_ENDED
-
 # An advisory lock, which is a database's own; "latc" in ASCII, and a number of its own.
 SIGNING_LOCK = 0x6C617467
 
 # The family of a token, by what it has in common with all others of it. Without a lock: it may be gone a moment later.
 FAMILY_FIND = "SELECT id, key_id, secret_id FROM token_family WHERE handle = $1"
-
-# What tokens need to know of the key $1, which is locked with its organization, and of its secret $2: so nothing of it
-# can change any more. By the clock and not by the transaction's begin, since when the secret may have been ended.
-HOLDER_GET = (
-    """
-SELECT k.id AS key_id, s.id AS secret_id, k.organization_id, o.active AS organization_active, k.active,
-       k.revoke_time IS NOT NULL AS revoked, k.expire_time, """
-    + SECRET_HAS_ENDED
-    + """ AS is_ended,
-       s.end_time AS secret_end_time, k.permissions, k.allowed_cidrs, k.key_type, k.environment, k.user_id,
-       clock_timestamp() AS read_time
-FROM key k
-JOIN organization o ON o.id = k.organization_id
-JOIN secret s ON s.key_id = k.id
-WHERE k.id = $1 AND s.id = $2
-"""
-)
 
 # A family, with its first token.
 FAMILY_INSERT = """

@@ -31,7 +31,7 @@ class PostgresTokenTransaction(PostgresTransaction):
         for lock in (queries.KEY_LOCK_ORGANIZATION, queries.KEY_LOCK):
             if await self._connection.fetchval(lock, key_id) is None:
                 return None
-        row = await self._connection.fetchrow(queries_tokens.HOLDER_GET, key_id, secret_id)
+        row = await self._connection.fetchrow(queries.SECRET_GET_HOLDER, key_id, secret_id)
         return None if row is None else holder(row)
 
     async def insert_family(self, family: NewFamily, most: int) -> None:
