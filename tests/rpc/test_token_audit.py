@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from google.protobuf import json_format
@@ -17,7 +18,7 @@ from support.tokens import REFRESH_TOKENS, exchange, refresh, refused_refresh, r
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-async def events_of(tenant: Tenant, **fields: str) -> list[audit_pb.AuditEvent]:
+async def events_of(tenant: Tenant, **fields: Any) -> list[audit_pb.AuditEvent]:
     """Lists a tenant's events of tokens, oldest first."""
     answer = await tenant.service.audit.ListAuditEvents(
         audit_pb.ListAuditEventsRequest(**fields), metadata=tenant.admin

@@ -124,9 +124,9 @@ def prepare(
         "any": "address: 127.0.0.1, port_value: 0",
         "admin": f"address: 127.0.0.1, port_value: {admin_port}",
     }
-    for written, times in Counter(ADDRESSES[file_name]).items():
-        assert configuration.count(written[0]) == times, written
-        configuration = configuration.replace(written[0], real[written[1]])
+    for (address, name), times in Counter(ADDRESSES[file_name]).items():
+        assert configuration.count(address) == times, address
+        configuration = configuration.replace(address, real[name])
     for written, changed in (changes or {}).items():
         assert configuration.count(written) == 1, written
         configuration = configuration.replace(written, changed)
