@@ -54,7 +54,7 @@ async def test_every_method_has_its_path(edge: Edge, acme: Tenant, method: str) 
     assert 200 == answer.status, answer.text
     response = GetMessageClass(METHODS[method].output_type)()
     json_format.ParseDict(answer.json, response)
-    assert answer.json
+    assert answer.json or not METHODS[method].output_type.fields
     assert set(answer.json) <= {field.name for field in METHODS[method].output_type.fields}
     assert not [name for name in answer.headers if name.lower().startswith(("grpc-", "x-envoy-"))]
 
