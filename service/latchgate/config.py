@@ -301,7 +301,9 @@ class Settings(BaseSettings):
                 "network in plain text; set LATCHGATE_TLS_CERT and LATCHGATE_TLS_KEY, or LATCHGATE_ALLOW_PLAINTEXT=true"
             )
         if len({*self.token_prefixes.values(), self.prefix_refresh}) != len(self.token_prefixes) + 1:
-            raise ValueError("LATCHGATE_PREFIX_SECRET_LIVE and the other four: must all differ")
+            raise ValueError(
+                "LATCHGATE_PREFIX_REFRESH, LATCHGATE_PREFIX_SECRET_LIVE and the other three: must all differ"
+            )
         return self
 
 
