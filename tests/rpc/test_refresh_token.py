@@ -357,6 +357,21 @@ async def test_a_revocation_that_is_under_way(acme: Tenant) -> None:
         await revoking
 
 
+@pytest.mark.parametrize("end", ["UPDATE secret SET end_time", "UPDATE key SET expire_time"])
+async def test_an_end_that_came_while_it_waited(acme: Tenant, end: str) -> None:
+    """A refresh goes by the moment at which it has its locks, and not by that at which it began to wait for them."""
+    created = await acme.key()
+    grant = await exchange(acme.service, created.token)
+    column = "key_id" if "secret" in end else "id"
+    async with database_of(acme.service) as holder, database_of(acme.service) as observer:
+        async with holder.transaction():
+            await holder.execute("SELECT 1 FROM organization WHERE id = $1 FOR NO KEY UPDATE", acme.id)
+            refreshing = asyncio.ensure_future(refused_refresh(acme.service, grant.refresh_token))
+            await until_waiting(observer)
+            await holder.execute(f"{end} = clock_timestamp() WHERE {column} = $1", created.key.id)
+        assert INVALID == await refreshing
+
+
 async def test_a_refresh_is_a_use(database_url: str) -> None:
     """A refresh moves the key's last use, some moments later."""
     async with run_service(database_url, usage_flush_seconds=0.02) as service:
