@@ -32,8 +32,9 @@ class Keyring:
         self._signer = signer
         self._monotonic = monotonic
         self._lost = lost
+        # What was published, as of when; and the reading that is under way, for all who wait for it.
         self._published: tuple[float, Sequence[SigningKey]] | None = None
-        self._reading = asyncio.Lock()
+        self._reading: asyncio.Future[Sequence[SigningKey]] | None = None
 
     async def sign(self, transaction: TokenTransaction, claims: Mapping[str, object], now: datetime) -> str:
         """Signs within a transaction, of which it is to be the last thing but for the audit trail."""
@@ -64,13 +65,30 @@ class Keyring:
 
     async def published(self) -> Sequence[SigningKey]:
         """Gives the keys with which tokens are verified, as of some seconds ago. Raises StorageUnavailableError."""
-        async with self._reading:
-            if self._published is None or self._monotonic() - self._published[0] >= PUBLISHED_KEPT_S:
-                read_s = self._monotonic()
-                async with self._store.transaction() as transaction:
-                    keys = await transaction.signing_keys() or await self._keep(transaction, await transaction.now())
-                self._published = read_s, sorted(keys, key=lambda key: key.sign_time)
+        if self._published is not None and self._monotonic() - self._published[0] < PUBLISHED_KEPT_S:
             return self._published[1]
+        reading = self._reading
+        if reading is None:
+            reading = self._reading = asyncio.ensure_future(self._read())
+            reading.add_done_callback(self._end_reading)
+        # However many ask, and whoever of them gives up: what is read is read once.
+        return await asyncio.shield(reading)
+
+    async def _read(self) -> Sequence[SigningKey]:
+        read_s = self._monotonic()
+        async with self._store.transaction() as transaction:
+            keys = await transaction.signing_keys() or await self._keep(transaction, await transaction.now())
+        keys = sorted(keys, key=lambda key: key.sign_time)
+        if self._reading is asyncio.current_task():
+            self._published = read_s, keys
+        return keys
+
+    def _end_reading(self, reading: asyncio.Future[Sequence[SigningKey]]) -> None:
+        if self._reading is reading:
+            self._reading = None
+        if not reading.cancelled():
+            # Told to whoever waits; where nobody does any more, to nobody.
+            reading.exception()
 
     async def replace(self, caller: Caller) -> SigningKey:
         """Ends all keys at once, and has another one sign from now on."""
@@ -88,5 +106,6 @@ class Keyring:
                 after={"kids": [key.kid]},
             )
             await transaction.record_audit(caller, entry)
-        self._published = None
+        # Nor is a reading that has begun before of any use to those who ask from now on.
+        self._published = self._reading = None
         return key
