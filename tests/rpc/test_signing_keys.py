@@ -20,8 +20,8 @@ from apikeys.v1 import token_service_pb2 as pb
 from latchgate.domain.keyring import Keyring
 from latchgate.storage.signing import JoseSigner
 from latchgate.storage.tokens import PostgresTokenStore
-from support.databases import opened
-from support.keys import Tenant, execute, make_tenant
+from support.databases import opened, until_waiting
+from support.keys import Tenant, database_of, execute, make_tenant
 from support.service import TAG_KEY, RunningService, refusal, run_service
 from support.tokens import exchange, published, refresh, verified
 
@@ -104,15 +104,19 @@ async def test_workers_and_restarts_share_keys(database_url: str) -> None:
 
 async def test_one_key_however_many_need_it(alone: RunningService) -> None:
     """Where there is none, whoever comes first makes one, and all others wait for that."""
-    tenant = await make_tenant(alone, "acme")
-    token = (await tenant.key()).token
-    others = [(await (await make_tenant(alone, "other")).key()).token for _ in range(4)]
+    tokens = [(await (await make_tenant(alone, "acme")).key()).token for _ in range(4)]
     await execute(alone, "DELETE FROM signing_key")
-    grants = await asyncio.gather(*(exchange(alone, each) for each in (token, *others)))
+    async with database_of(alone) as holder, database_of(alone) as observer:
+        async with holder.transaction():
+            # What was read is nothing, and nobody can store anything yet.
+            await holder.execute("LOCK TABLE signing_key IN SHARE MODE")
+            exchanging = asyncio.gather(*(exchange(alone, token) for token in tokens))
+            await until_waiting(observer, len(tokens))
+        grants = await exchanging
     await keep(alone)
     async with opened(alone.database_url) as database, PostgresTokenStore(database).transaction() as transaction:
         (key,) = await transaction.signing_keys()
-    assert 5 == len({grant.access_token for grant in grants})
+    assert 4 == len({grant.access_token for grant in grants})
     assert all(key.kid in _header(grant.access_token) for grant in grants)
 
 
