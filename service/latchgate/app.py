@@ -24,12 +24,15 @@ from latchgate.domain.catalogue import ScopeManager, missing
 from latchgate.domain.coherence import Coherence, LeaseTerms
 from latchgate.domain.errors import UnavailableError
 from latchgate.domain.importing import KeyImporter
+from latchgate.domain.keyring import Keyring
 from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import Scope
 from latchgate.domain.organizations import OrganizationManager
 from latchgate.domain.permissions import WILDCARD
+from latchgate.domain.refresh import RefreshTokenFormat
 from latchgate.domain.suspicion import SuspicionCounter
 from latchgate.domain.token import TokenFormat, digest
+from latchgate.domain.tokens import TokenManager
 from latchgate.domain.trail import AuditReader
 from latchgate.domain.usage import UsageReporter
 from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
@@ -61,6 +64,7 @@ from latchgate.rpc.server import (
     IMPORT_SERVICE,
     KEY_SERVICE,
     ORGANIZATION_SERVICE,
+    TOKEN_SERVICE,
     USAGE_SERVICE,
     VALIDATE,
     WEBHOOK_SERVICE,
@@ -69,6 +73,7 @@ from latchgate.rpc.server import (
     make_server,
 )
 from latchgate.rpc.tls import CertificateError, ReloadingCredentials, TlsFiles
+from latchgate.rpc.token_service import TokenService
 from latchgate.rpc.usage_service import UsageService
 from latchgate.rpc.webhook_service import WebhookService
 from latchgate.storage.audit import PostgresTrail
@@ -83,12 +88,15 @@ from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.ratelimit import PostgresRateStore, rate_link
 from latchgate.storage.reports import PostgresUsageStore
 from latchgate.storage.requests import RequestSealer
+from latchgate.storage.signing import JoseSigner
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.suspicion import SuspicionStore
+from latchgate.storage.tokens import PostgresTokenStore
 from latchgate.storage.usage import UsageBuffer
 from latchgate.storage.webhooks import FernetWebhookSealer, PostgresWebhookStore
 from latchgate.watch import DatabaseWatch, Figures
 from latchgate.web.auth import AuthEndpoint
+from latchgate.web.jwks import JWKS_PATH, JwksPage
 from latchgate.web.server import HttpListenError, HttpServer
 
 # Elsewhere than on Linux the monotonic clock does not stop.
@@ -161,7 +169,10 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
         usage = UsageBuffer(database)
         background = Background()
         server = make_server(pipeline=pipeline, shares_port=role is not Role.ALONE)
-        endpoint = AuthEndpoint(metrics, metrics, settings.trusted_hops, lambda: server.health.is_serving)
+        jwks = JwksPage(metrics)
+        endpoint = AuthEndpoint(
+            metrics, metrics, settings.trusted_hops, lambda: server.health.is_serving, {JWKS_PATH: jwks.answer}
+        )
         http = HttpServer(endpoint, settings.drain_seconds)
         await server.set_serving(is_serving=False)
         parts = _Parts(
@@ -174,6 +185,7 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
             pipeline=pipeline,
             server=server,
             endpoint=endpoint,
+            jwks=jwks,
             http=http,
             shares_ports=role is not Role.ALONE,
             news=asyncio.Event(),
@@ -213,6 +225,7 @@ class _Parts:
     pipeline: Pipeline
     server: RpcServer
     endpoint: AuthEndpoint
+    jwks: JwksPage
     http: HttpServer
     shares_ports: bool
     # Set when there may be something to be sent out.
@@ -272,7 +285,7 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
     await _patiently(PostgresTrail(database).make_partitions)
     from_settings = settings.tag_key.get_secret_value().encode() if settings.tag_key else None
     tag_key = await _patiently(lambda: load_tag_key(database, from_settings))
-    tokens = TokenFormat(tag_key, settings.token_prefixes)
+    tokens = TokenFormat(tag_key, settings.token_prefixes, [settings.prefix_refresh])
     root_token = settings.root_token.get_secret_value() if settings.root_token else None
     root = await _patiently(lambda: ensure_root_key(database, tokens, make_id, root_token))
     lookups = lookup_link(dsn)
@@ -329,9 +342,12 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
         suspicion=suspects,
         clock=boottime,
     )
-    backend = _backend(parts, tokens, tag_key, validator, effects, suspicion)
+    keyring = Keyring(PostgresTokenStore(database), JoseSigner(tag_key), time.monotonic, _tell_of_lost_keys)
+    refreshing = _token_service(parts, tag_key, keyring, suspects)
+    backend = _backend(parts, tokens, tag_key, validator, effects, suspicion, refreshing=refreshing)
     pipeline.connect(replace(backend, login=login))
     parts.endpoint.connect(validator)
+    parts.jwks.connect(keyring.published)
     watch = DatabaseWatch(probe, server, parts.metrics, background, coherence, reader)
     await watch.show(is_up=True)
     background.keep("reading of the change log", membership.run())
@@ -339,7 +355,7 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
     background.repeat("database watch", PROBE_INTERVAL_S, watch.look)
     background.repeat("writing of usage", settings.usage_flush_seconds, parts.usage.flush)
     background.repeat("writing of suspicious use", settings.usage_flush_seconds, suspicion.flush)
-    keep_house(background, settings, database, effects, suspicion)
+    keep_house(background, settings, database, effects, suspicion, keyring)
     await send_out(
         stack,
         settings=settings,
@@ -364,13 +380,40 @@ async def _missing_scopes(store: PostgresStore, deployment: Sequence[Scope]) -> 
         return {}
 
 
-def _backend(
+def _tell_of_lost_keys(kids: Sequence[str]) -> None:
+    """Says that tokens are signed with another key, because the one to sign with can not be read."""
+    _log.warning(
+        "signing_keys_unreadable",
+        kids=list(kids),
+        advice="they were encrypted under another LATCHGATE_TAG_KEY; a new one signs now, which gateways "
+        "know once they have fetched the keys again",
+    )
+
+
+def _token_service(parts: _Parts, tag_key: bytes, keyring: Keyring, suspects: SuspicionCounter) -> TokenService:
+    """Puts the use cases of tokens together."""
+    tokens = TokenManager(
+        store=PostgresTokenStore(parts.database),
+        keyring=keyring,
+        tokens=RefreshTokenFormat(tag_key, parts.settings.prefix_refresh),
+        sealer=RequestSealer(tag_key),
+        terms=parts.settings.token_terms,
+        make_id=make_id,
+        uses=parts.usage,
+        suspicion=suspects,
+    )
+    return TokenService(tokens=tokens, keyring=keyring, observer=parts.metrics)
+
+
+def _backend(  # noqa: PLR0913 - what stands behind all services
     parts: _Parts,
     tokens: TokenFormat,
     tag_key: bytes,
     validator: Validator,
     effects: EffectPoller,
     suspicion: SuspicionStore,
+    *,
+    refreshing: TokenService,
 ) -> Backend:
     """Puts the use cases together."""
     pages, metrics = PageTokens(tag_key), parts.metrics
@@ -408,6 +451,7 @@ def _backend(
         USAGE_SERVICE.full_name: UsageService(
             usage=UsageReporter(PostgresUsageStore(parts.database, store)), pages=pages
         ),
+        TOKEN_SERVICE.full_name: refreshing,
         WEBHOOK_SERVICE.full_name: WebhookService(webhooks=webhooks, pages=pages),
         EXT_AUTHZ_SERVICE.full_name: ExtAuthz(validator=validator, reader=reader, writer=writer, outcomes=metrics),
     }

@@ -7,6 +7,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from datetime import timedelta
 from email.utils import parseaddr
 from enum import Enum
 from pathlib import Path
@@ -17,7 +18,9 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_va
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from latchgate.domain.effects import MAX_LEASE_S
+from latchgate.domain.families import MAX_ACCESS, TokenTerms
 from latchgate.domain.model import Environment, KeyType, Network, Scope, ScopeSource
+from latchgate.domain.refresh import DEFAULT_PREFIX
 from latchgate.domain.token import FOREIGN_MAX_LENGTH, Prefixes
 from latchgate.outbound.smtp import SmtpServer, SmtpTls
 
@@ -37,6 +40,7 @@ _DATABASE_URL_FORM = (
 _SSL_MODES = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
 _SSL_FILES = frozenset({"sslrootcert", "sslcert", "sslkey", "sslcrl"})
 MAX_WORKERS = 256
+MAX_CLAIM_LENGTH = 255
 _SMTP_PORTS = {SmtpTls.STARTTLS: 587, SmtpTls.TLS: 465, SmtpTls.NONE: 25}
 
 
@@ -158,6 +162,14 @@ def _issuer_url(value: str) -> str:
     return value
 
 
+def _claim(value: str) -> str:
+    if not 0 < len(value) <= MAX_CLAIM_LENGTH or not value.isprintable():
+        raise ValueError(
+            f"must be 1 to {MAX_CLAIM_LENGTH} characters that can be printed, such as https://keys.example.com"
+        )
+    return value
+
+
 def _own_cores() -> int:
     """How many cores this process may run on."""
     return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
@@ -169,6 +181,7 @@ TokenPrefix = Annotated[str, AfterValidator(_prefix)]
 Networks = Annotated[str, AfterValidator(_networks)]
 Days = Annotated[str, AfterValidator(_days)]
 IssuerUrl = Annotated[str, AfterValidator(_issuer_url)]
+Claim = Annotated[str, AfterValidator(_claim)]
 MailSender = Annotated[str, AfterValidator(_mail_sender)]
 
 
@@ -206,6 +219,11 @@ class Settings(BaseSettings):
     prefix_secret_test: TokenPrefix = "lk_test_"  # noqa: S105 - a prefix is public
     prefix_publishable_live: TokenPrefix = "lk_pk_"
     prefix_publishable_test: TokenPrefix = "lk_pk_test_"
+    prefix_refresh: TokenPrefix = DEFAULT_PREFIX
+    token_issuer: Claim = "latchgate"  # noqa: S105 - a name
+    token_audience: Claim = "latchgate"  # noqa: S105 - a name
+    access_token_seconds: int = Field(default=300, ge=60, le=int(MAX_ACCESS.total_seconds()))
+    refresh_token_days: int = Field(default=30, ge=1, le=365)
     usage_flush_seconds: float = Field(default=5.0, gt=0, le=3600)
     usage_retention_days: int = Field(default=90, ge=1, le=3650)
     audit_retention_days: int = Field(default=400, ge=30, le=36_500)
@@ -232,6 +250,16 @@ class Settings(BaseSettings):
             (KeyType.PUBLISHABLE, Environment.LIVE): self.prefix_publishable_live,
             (KeyType.PUBLISHABLE, Environment.TEST): self.prefix_publishable_test,
         }
+
+    @property
+    def token_terms(self) -> TokenTerms:
+        """What is said of the tokens that keys are exchanged for."""
+        return TokenTerms(
+            issuer=self.token_issuer,
+            audience=self.token_audience,
+            access=timedelta(seconds=self.access_token_seconds),
+            refresh=timedelta(days=self.refresh_token_days),
+        )
 
     @property
     def private_networks(self) -> tuple[Network, ...]:
@@ -306,8 +334,10 @@ class Settings(BaseSettings):
                 f"LATCHGATE_LISTEN: {self.listen} can be reached from other machines, and tokens would cross the "
                 "network in plain text; set LATCHGATE_TLS_CERT and LATCHGATE_TLS_KEY, or LATCHGATE_ALLOW_PLAINTEXT=true"
             )
-        if len(set(self.token_prefixes.values())) != len(self.token_prefixes):
-            raise ValueError("LATCHGATE_PREFIX_SECRET_LIVE and the other three: must all differ")
+        if len({*self.token_prefixes.values(), self.prefix_refresh}) != len(self.token_prefixes) + 1:
+            raise ValueError(
+                "LATCHGATE_PREFIX_REFRESH, LATCHGATE_PREFIX_SECRET_LIVE and the other three: must all differ"
+            )
         return self
 
 

@@ -25,7 +25,9 @@ from latchgate.gateway.credentials import Problem
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 # The last line of defence, not the first: nothing hands a token or a connection string to a logger.
-_SECRET = re.compile(r"_[0-9A-Za-z]{40,}|postgres(?:ql)?://\S+|bearer\s+\S+", re.IGNORECASE)
+_SECRET = re.compile(
+    r"_[0-9A-Za-z]{40,}|eyJ[\w-]{10,}\.[\w-]*(?:\.[\w-]*)?|postgres(?:ql)?://\S+|bearer\s+\S+", re.IGNORECASE
+)
 _REDACTED = "[redacted]"
 
 
@@ -183,6 +185,11 @@ class Metrics:
             registry=registry,
         )
         self._unjudged = {problem.value: unjudged.labels(problem=problem.value) for problem in Problem}
+        self._refresh_reuses = Counter(
+            "latchgate_refresh_tokens_reused",
+            "Refresh tokens that were used a second time: what came of their exchange has ended.",
+            registry=registry,
+        )
         self._lookups = Counter(
             "latchgate_lookups", "Digests asked of the database: answered or error.", ["result"], registry=registry
         )
@@ -303,6 +310,10 @@ class Metrics:
     def not_exchanged(self) -> None:
         """The store of rate limits has not answered."""
         self._not_exchanged.inc()
+
+    def refresh_token_reused(self) -> None:
+        """A refresh token was used that was used up before."""
+        self._refresh_reuses.inc()
 
     def unrecorded(self) -> None:
         """A refused call of management could not be recorded."""

@@ -33,6 +33,13 @@ class Tally(Protocol):
         """Counts one that took longer."""
 
 
+class TokenObserver(Protocol):
+    """Is told of what becomes of refresh tokens."""
+
+    def refresh_token_reused(self) -> None:
+        """One was used that was used up before, and its family has ended."""
+
+
 class CallObserver(Protocol):
     """Is told of every call that is not in a tally."""
 

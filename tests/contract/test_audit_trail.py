@@ -11,6 +11,8 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import pytest
 
+from apikeys.v1 import key_service_pb2 as keys_pb
+from apikeys.v1 import token_service_pb2 as tokens_pb
 from latchgate.auditing import verify
 from latchgate.config import CommandError
 from latchgate.domain.audit import AuditEntry
@@ -19,9 +21,12 @@ from latchgate.domain.keys import KeyManager
 from latchgate.storage.audit import PostgresTrail, keep_trail
 from latchgate.storage.migrate import migrate_for
 from latchgate.storage.postgres import Connection, Database
+from latchgate.storage.purge import purge_keys
 from latchgate.storage.stores import PostgresStore
-from support.databases import ROOT_CALLER, connected, draft, insert_organization
-from support.service import run_service
+from latchgate.storage.tokens import forget_families
+from support.databases import ROOT_CALLER, connected, draft, insert_organization, opened
+from support.service import RunningService, run_service
+from support.tokens import exchange, refresh, verified
 
 MONTH = timedelta(days=31)
 
@@ -225,6 +230,19 @@ async def test_the_services_user_can_not_touch_the_trail(service_url: str, state
             await connection.execute(statement)
 
 
+async def _use_tokens(service: RunningService, key_id: str, token: str) -> None:
+    """Exchanges a key and refreshes, has another key sign, and ends and purges the key with what came of it."""
+    grant = await exchange(service, token)
+    following = await refresh(service, grant.refresh_token, str(uuid.uuid4()))
+    await service.tokens.RotateSigningKeys(tokens_pb.RotateSigningKeysRequest(), metadata=service.root)
+    await verified(service, (await refresh(service, following.refresh_token)).access_token)
+    await exchange(service, token)
+    await service.keys.DeleteKey(keys_pb.DeleteKeyRequest(key_id=key_id), metadata=service.root)
+    async with opened(service.database_url) as database:
+        await forget_families(database)
+        await purge_keys(database)
+
+
 async def test_the_service_works_as_that_user(service_url: str) -> None:
     """The whole service runs as a user that does not own the schema, its work beside the calls included."""
     async with run_service(service_url) as service:
@@ -234,4 +252,5 @@ async def test_the_service_works_as_that_user(service_url: str) -> None:
         async with connected(service_url) as connection:
             await keep_trail(PostgresTrail(await Database.open(service_url, pool_size=1)), timedelta(days=30))
             assert 3 == await connection.fetchval("SELECT count(*) FROM audit_event")
+        await _use_tokens(service, created.key.id, created.token)
         assert {} == dict(service.running.background.failures)

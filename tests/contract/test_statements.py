@@ -12,11 +12,13 @@ from typing import Any, Union, cast
 
 import asyncpg
 
+from latchgate.domain import families, signing
 from latchgate.domain.imported import KnownToken
 from latchgate.domain.model import Key, KeyRecord, Organization, Plan, Scope
 from latchgate.domain.token import digest
-from latchgate.storage import queries, queries_usage, rows
+from latchgate.storage import queries, queries_tokens, queries_usage, rows, tokens
 from latchgate.storage.postgres import Connection, Database
+from latchgate.storage.signing import JoseSigner
 from latchgate.storage.stores import PostgresStore
 from support.databases import insert_key, show, store_organization
 
@@ -43,6 +45,14 @@ AUDIT_COLUMNS = {
 KNOWN_COLUMNS = {
     "digest", "hint", "key_id", "organization_id", "name", "key_type", "environment", "permissions",
     "rate_limit_per_minute", "active", "user_id", "user_email", "metadata", "allowed_cidrs", "expire_time", "is_ended",
+}  # fmt: skip
+FAMILY_COLUMNS = {
+    "id", "key_id", "secret_id", "audience", "permissions", "expire_time", "token_digest", "used_digest",
+    "request_digest", "sealed_token",
+}  # fmt: skip
+HOLDER_COLUMNS = {
+    "key_id", "secret_id", "organization_id", "organization_active", "active", "revoked", "expire_time", "is_ended",
+    "secret_end_time", "permissions", "allowed_cidrs", "key_type", "environment", "user_id", "read_time",
 }  # fmt: skip
 LOG_COLUMNS = {"head", "timeline", "now_s", "is_member", "entity", "entity_id"}
 
@@ -80,6 +90,18 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "USAGE_SECRET_FORGET": ("interval int8", set()),
     "USAGE_ORGANIZATION_FORGET": ("interval int8", set()),
     "USAGE_FLUSH_FORGET": ("interval", set()),
+    "FAMILY_FIND": ("bytea", {"id", "key_id", "secret_id"}),
+    "FAMILY_INSERT": ("text text int8 text text[] timestamptz bytea bytea", set()),
+    "FAMILY_TRIM": ("text int8", set()),
+    "FAMILY_LOCK": ("text interval", FAMILY_COLUMNS),
+    "FAMILY_USE": ("text bytea bytea bytea", set()),
+    "FAMILY_DELETE": ("text", set()),
+    "FAMILY_CLEAR": ("interval int8", set()),
+    "FAMILY_FORGET": ("int8", set()),
+    "SECRET_GET_HOLDER": ("text int8", HOLDER_COLUMNS),
+    "SIGNING_KEY_LIST": ("", {"kid", "x", "y", "sealed", "sign_time"}),
+    "SIGNING_KEY_INSERT": ("text text text bytea timestamptz", set()),
+    "SIGNING_KEY_DELETE": ("text[]", set()),
     "RATE_EXCHANGE": (
         "text[] int4[] int4[] int4[] int4[] int4[] int8[] int4[]",
         {"workers", "key_id", "granted", "slot", "ages", "costs", "used", "now_s"},
@@ -146,7 +168,9 @@ async def test_every_statement_fits_the_schema(database: Database) -> None:
     """
     actual = {}
     async with database.connection() as connection:
-        for name, value in (*vars(queries).items(), *vars(queries_usage).items()):
+        for name, value in (
+            item for module in (queries, queries_usage, queries_tokens) for item in vars(module).items()
+        ):
             if name.startswith("_") or not isinstance(value, str) or not name.isupper():
                 continue
             statement = await connection.prepare(value)
@@ -219,6 +243,22 @@ async def test_columns_are_those_that_are_read(database: Database, store: Postgr
         Reading(statement=queries.PLAN_INSERT, values=("new", 1, 2), reader=rows.plan, result=Plan),
         Reading(statement=queries.PLAN_UPDATE, values=("default", 1, 2), reader=rows.plan, result=Plan),
     ]
+    secret_id = await _exchanged(database, key)
+    kept = timedelta(minutes=10)
+    readings += [
+        Reading(
+            statement=queries.SECRET_GET_HOLDER,
+            values=(key.id, secret_id),
+            reader=tokens.holder,
+            result=families.Holder,
+        ),
+        Reading(
+            statement=queries_tokens.FAMILY_LOCK, values=("fam_1", kept), reader=tokens.family, result=families.Family
+        ),
+        Reading(
+            statement=queries_tokens.SIGNING_KEY_LIST, values=(), reader=tokens.signing_key, result=signing.SigningKey
+        ),
+    ]
     async with database.connection() as connection:
         for reading in readings:
             row = await connection.fetchrow(reading.statement, *reading.values)
@@ -228,6 +268,20 @@ async def test_columns_are_those_that_are_read(database: Database, store: Postgr
             assert set(row.keys()) - reading.beside == watched.read, reading.statement
             assert isinstance(value, reading.result)
             assert {} == _mistyped(value)
+
+
+async def _exchanged(database: Database, key: Key) -> int:
+    """Stores what an exchange of a key leaves; gives the id of its secret."""
+    pair = JoseSigner(b"tag key").make()
+    async with tokens.PostgresTokenStore(database).transaction() as transaction:
+        await transaction.insert_signing_key(pair, await transaction.now())
+    async with database.connection() as connection:
+        secret_id: int = await connection.fetchval("SELECT id FROM secret WHERE key_id = $1", key.id)
+        await connection.execute(
+            queries_tokens.FAMILY_INSERT,
+            *("fam_1", key.id, secret_id, "orders", ("read",), datetime.now(UTC), b"1" * 32, b"2" * 32),
+        )
+    return secret_id
 
 
 def _mistyped(value: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from support.edge import Edge
 from support.edge import edge as run_edge
 from support.keys import Tenant, cloned_database, make_tenant
 from support.service import RunningService, run_service
+from support.tokens import plant_tokens
 from support.webhooks import plant_webhooks
 
 
@@ -22,6 +23,7 @@ async def shared(postgres_url: str, template_url: str) -> AsyncIterator[RunningS
         run_service(url, http_listen="127.0.0.1:0") as running,
     ):
         await plant_webhooks(url)
+        await plant_tokens(url)
         yield running
 
 

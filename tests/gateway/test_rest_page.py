@@ -22,12 +22,12 @@ PAGE: Final = Path(__file__).parents[2] / "docs" / "rest.md"
 COMMANDS: Final = re.findall(r"^\$ (curl .*)\n(\{.*\})$", PAGE.read_text(), re.MULTILINE)
 
 
-def read(command: str, variables: dict[str, str]) -> tuple[str, str, str | None, bool]:
-    """Reads a command as a shell and curl do: method, path, body, and whether the caller says who it is."""
+def read(command: str, variables: dict[str, str]) -> tuple[str, str, str | None, str]:
+    """Reads a command as a shell and curl do: method, path, body, and the token by which the caller says who it is."""
     for name, value in variables.items():
         command = command.replace(f"${name}", value)
     words = shlex.split(command)[1:]
-    method, url, body, is_known = "", "", None, False
+    method, url, body, token = "", "", None, ""
     while words:
         match words.pop(0):
             case "-X":
@@ -35,10 +35,11 @@ def read(command: str, variables: dict[str, str]) -> tuple[str, str, str | None,
             case "-d":
                 body = words.pop(0)
             case "-H":
-                is_known = words.pop(0).startswith("Authorization")
+                name, _, token = words.pop(0).partition(": Bearer ")
+                assert "Authorization" == name
             case word:
                 url = word
-    return method or ("POST" if body else "GET"), url, body, is_known
+    return method or ("POST" if body else "GET"), url, body, token
 
 
 def is_like(shown: Any, got: Any) -> bool:
@@ -47,24 +48,24 @@ def is_like(shown: Any, got: Any) -> bool:
         return all(name in got and is_like(value, got[name]) for name, value in shown.items())
     if isinstance(shown, list):
         return all(any(is_like(each, other) for other in got) for each in shown)
-    is_made = isinstance(shown, str) and re.match(r"(key|whk)_0|lk_|whsec_|v\d|\d+$|\d{4}-", shown)
+    is_made = isinstance(shown, str) and re.match(r"(key|whk)_0|lk_|whsec_|v\d|\d+$|\d{4}-|eyJ|[\w-]{43}$", shown)
     return bool(is_made) or bool(shown == got)
 
 
 async def test_commands_of_the_page(database_url: str, tmp_path: Path) -> None:
     """Each command of the page does what the page shows, and there is one for every method."""
-    variables = {"API": "", "AUTH": "Authorization: "}
+    variables = {"API": "", "AUTH": f"Authorization: Bearer {ROOT_TOKEN}"}
     called = set()
     async with run_service(database_url) as service, run_edge(tmp_path, service.address) as edge:
         await service.create_organization("acme")
         for command, shown in COMMANDS:
-            method, path, body, is_known = read(command, variables)
+            method, path, body, token = read(command, variables)
             raw = body.encode() if body else None
             answer = await edge.call(
                 method,
                 path,
                 raw,
-                token=ROOT_TOKEN if is_known else "",
+                token=token,
                 headers={"content-type": "application/x-www-form-urlencoded"} if raw else {},
             )
             assert 200 == answer.status, (command, answer.text)
@@ -72,6 +73,10 @@ async def test_commands_of_the_page(database_url: str, tmp_path: Path) -> None:
             called.add((method, path.partition("?")[0]))
             if "TOKEN" not in variables:
                 variables |= {"TOKEN": answer.json["token"], "KEY": answer.json["key"]["id"]}
+            if "batch" in (body or ""):
+                variables["BATCH"] = answer.json["token"]
+            if "refresh_token" in answer.json:
+                variables["REFRESH"] = answer.json["refresh_token"]
             if method == "POST" and path == "/v1/webhooks":
                 variables["HOOK"] = answer.json["webhook"]["id"]
 

@@ -47,12 +47,14 @@ async def test_every_method_has_its_path(edge: Edge, acme: Tenant, method: str) 
     request = good_request(method, key_id=created.key.id, organization_id=acme.id, token=created.token)
 
     verb, path, query, body = as_http(method, request)
-    answer = await edge.call(verb, path, body, params=query)
+    # Root's key is not exchanged.
+    caller = {"token": created.token} if method == "ExchangeKey" else {}
+    answer = await edge.call(verb, path, body, params=query, **caller)
 
     assert 200 == answer.status, answer.text
     response = GetMessageClass(METHODS[method].output_type)()
     json_format.ParseDict(answer.json, response)
-    assert answer.json
+    assert answer.json or not METHODS[method].output_type.fields
     assert set(answer.json) <= {field.name for field in METHODS[method].output_type.fields}
     assert not [name for name in answer.headers if name.lower().startswith(("grpc-", "x-envoy-"))]
 

@@ -20,7 +20,9 @@ from apikeys.v1 import audit_service_pb2 as audit_pb
 from apikeys.v1 import import_service_pb2 as import_pb
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
+from apikeys.v1 import token_service_pb2 as tokens_pb
 from apikeys.v1 import webhook_service_pb2 as webhooks_pb
+from apikeys.v1.token_service_pb2_grpc import TokenServiceStub
 from latchgate.oidc.reader import ALGORITHMS
 from support.databases import until
 from support.imports import import_requests, new_rows
@@ -177,6 +179,14 @@ async def test_events_name_the_subject(site: Site, acme: Tenant) -> None:
     assert [("", f"{site.login.url}#alice"), (acme.admin_key_id, "")] == [
         (body["actor_key_id"], body["actor_subject"]) for body in bodies
     ]
+
+
+async def test_jwts_are_not_exchanged(site: Site, acme: Tenant) -> None:
+    """Tokens are given out for keys: a JWT is not exchanged for one that outlives it."""
+    stub: Any = TokenServiceStub(site.service.channel)
+    call = stub.ExchangeKey(tokens_pb.ExchangeKeyRequest(), metadata=alice(site, acme, scope="*"))
+    error = await refusal(call)
+    assert (grpc.StatusCode.PERMISSION_DENIED, "KEY_REQUIRED") == (error.code, error.reason)
 
 
 async def test_tenants_apart(site: Site, acme: Tenant, rival: Tenant) -> None:

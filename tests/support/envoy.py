@@ -8,6 +8,7 @@ import shutil
 import ssl
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,6 +23,24 @@ from support.databases import until
 from support.upstream import free_port
 
 DEPLOY: Final = Path(__file__).parents[2] / "deploy" / "envoy"
+ADDRESSES: Final = {
+    "envoy.yaml": (
+        ("address: latchgate, port_value: 50051", "latchgate"),
+        ("address: upstream, port_value: 8080", "upstream"),
+        ("address: 0.0.0.0, port_value: 8443", "any"),
+        ("address: 0.0.0.0, port_value: 9902", "any"),
+        # Where it listens, and where the metrics are taken from.
+        ("address: 127.0.0.1, port_value: 9901", "admin"),
+        ("address: 127.0.0.1, port_value: 9901", "admin"),
+    ),
+    "jwt.yaml": (
+        ("address: latchgate, port_value: 8081", "latchgate"),
+        ("address: upstream, port_value: 8080", "upstream"),
+        ("address: 0.0.0.0, port_value: 8443", "any"),
+        ("address: 127.0.0.1, port_value: 9901", "admin"),
+    ),
+}
+"""The addresses in each configuration, as often as they stand there, and what is in their place."""
 PROGRAM: Final = os.environ.get("LATCHGATE_TEST_ENVOY") or str(Path(sys.executable).parent / "envoy")
 """That of the package index, unless another is named."""
 
@@ -87,26 +106,27 @@ def prepare(
     admin_port: int,
     latchgate_ca: trustme.CA | None = None,
     changes: Mapping[str, str] | None = None,
+    file_name: str = "envoy.yaml",
 ) -> trustme.CA:
     """Puts the files of deploy/envoy into a folder, with other addresses. Gives the authority for its certificate.
 
     With an authority of latchgate's, what the configuration says of TLS to latchgate is taken out of its comments.
-    `changes` are lines that stand there once, and those to take their place.
+    `changes` are lines that stand there once, and those to take their place. `file_name` is the configuration to run,
+    which is envoy.yaml there.
     """
     for file in DEPLOY.iterdir():
         if file.is_file():
             shutil.copy(file, folder)
-    configuration = (DEPLOY / "envoy.yaml").read_text()
-    for written, real, times in (
-        ("address: latchgate, port_value: 50051", _address(latchgate), 1),
-        ("address: upstream, port_value: 8080", _address(upstream), 1),
-        ("address: 0.0.0.0, port_value: 8443", "address: 127.0.0.1, port_value: 0", 1),
-        ("address: 0.0.0.0, port_value: 9902", "address: 127.0.0.1, port_value: 0", 1),
-        # Once where it listens, once where the metrics are taken from.
-        ("address: 127.0.0.1, port_value: 9901", f"address: 127.0.0.1, port_value: {admin_port}", 2),
-    ):
-        assert configuration.count(written) == times, written
-        configuration = configuration.replace(written, real)
+    configuration = (DEPLOY / file_name).read_text()
+    real = {
+        "latchgate": _address(latchgate),
+        "upstream": _address(upstream),
+        "any": "address: 127.0.0.1, port_value: 0",
+        "admin": f"address: 127.0.0.1, port_value: {admin_port}",
+    }
+    for (address, name), times in Counter(ADDRESSES[file_name]).items():
+        assert configuration.count(address) == times, address
+        configuration = configuration.replace(address, real[name])
     for written, changed in (changes or {}).items():
         assert configuration.count(written) == 1, written
         configuration = configuration.replace(written, changed)
@@ -155,7 +175,7 @@ async def envoy(
                 ports = _ports(await answer.json())
         yield Envoy(
             port=ports["public"],
-            metrics_port=ports["metrics"],
+            metrics_port=ports.get("metrics", 0),
             admin=running.admin,
             folder=folder,
             authority=authority,
@@ -167,9 +187,9 @@ async def envoy(
         await said
 
 
-async def check_configuration(folder: Path) -> str:
-    """Has Envoy read the configuration of deploy/envoy, and gives what it says against it."""
-    prepare(folder, latchgate="127.0.0.1:1", upstream="127.0.0.1:1", admin_port=1)
+async def check_configuration(folder: Path, file_name: str = "envoy.yaml") -> str:
+    """Has Envoy read a configuration of deploy/envoy, and gives what it says against it."""
+    prepare(folder, latchgate="127.0.0.1:1", upstream="127.0.0.1:1", admin_port=1, file_name=file_name)
     process = await asyncio.create_subprocess_exec(
         *(PROGRAM, "--mode", "validate", "--config-path", "envoy.yaml", "--log-level", "warning"),
         cwd=folder,

@@ -18,6 +18,7 @@ from apikeys.v1 import organization_service_pb2 as organizations_pb
 from apikeys.v1.audit_service_pb2_grpc import AuditServiceStub
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from apikeys.v1.organization_service_pb2_grpc import OrganizationServiceStub
+from apikeys.v1.token_service_pb2_grpc import TokenServiceStub
 from apikeys.v1.usage_service_pb2_grpc import UsageServiceStub
 from apikeys.v1.webhook_service_pb2_grpc import WebhookServiceStub
 from latchgate import config
@@ -81,6 +82,7 @@ class RunningService:
     audit: Any
     usage: Any
     webhooks: Any
+    tokens: Any
     root: Metadata
 
     async def create_organization(self, organization_id: str = "acme", plan_id: str = "") -> str:
@@ -157,5 +159,6 @@ async def run_service(database_url: str, **overrides: Any) -> AsyncIterator[Runn
                 audit=AuditServiceStub(channel),
                 usage=UsageServiceStub(channel),
                 webhooks=WebhookServiceStub(channel),
+                tokens=TokenServiceStub(channel),
                 root=bearer(ROOT_TOKEN),
             )

@@ -26,9 +26,11 @@ from apikeys.v1 import import_service_pb2 as imports_pb
 from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
+from apikeys.v1 import token_service_pb2 as tokens_pb
 from apikeys.v1 import usage_service_pb2 as usage_pb
 from apikeys.v1 import webhook_service_pb2 as webhooks_pb
-from support.service import Metadata, RunningService
+from support.service import Metadata, RunningService, bearer
+from support.tokens import next_refresh_token
 from support.webhooks import PLANTED, next_deletable
 
 SERVICES: Final = (
@@ -38,6 +40,7 @@ SERVICES: Final = (
     usage_pb.DESCRIPTOR.services_by_name["UsageService"],
     imports_pb.DESCRIPTOR.services_by_name["ImportService"],
     webhooks_pb.DESCRIPTOR.services_by_name["WebhookService"],
+    tokens_pb.DESCRIPTOR.services_by_name["TokenService"],
 )
 METHODS: Final[Mapping[str, MethodDescriptor]] = {
     method.name: method for service in SERVICES for method in service.methods if not method.client_streaming
@@ -45,7 +48,11 @@ METHODS: Final[Mapping[str, MethodDescriptor]] = {
 """Every method of the contract by its name, but those that take a stream; tests/rpc/test_import_calls.py has these."""
 
 OPEN_METHODS: Final = ("Validate", "BatchValidate")
-MANAGEMENT_METHODS: Final = tuple(name for name in METHODS if name not in OPEN_METHODS)
+RULED_METHODS: Final = tuple(name for name in METHODS if name not in OPEN_METHODS)
+"""Those whose requests keep the contract's rules by themselves."""
+NOT_FOR_ROOT: Final = ("ExchangeKey", "RefreshToken", "RevokeToken", "GetJwks")
+"""Those whose callers are not root: the key that is exchanged, whoever has a refresh token, or anyone."""
+MANAGEMENT_METHODS: Final = tuple(name for name in RULED_METHODS if name not in NOT_FOR_ROOT)
 GRPCURL: Final = Path(sys.executable).parent / "grpcurl"
 DEADLINE_S: Final = 20.0
 """How long a test waits for what must come; far longer than it takes."""
@@ -91,15 +98,18 @@ def call_raw(
 
 
 async def call(service: RunningService, method: str, request: Message, *, metadata: Metadata | None = None) -> Any:
-    """Calls a method by its name; as root unless told otherwise."""
+    """Calls a method by its name; as root unless told otherwise, or as a new key where root may not call."""
     stubs = {
         "KeyService": service.keys,
         "OrganizationService": service.organizations,
         "AuditService": service.audit,
         "UsageService": service.usage,
         "WebhookService": service.webhooks,
+        "TokenService": service.tokens,
     }
     stub = stubs[METHODS[method].containing_service.name]
+    if method == "ExchangeKey" and metadata is None:
+        metadata = bearer((await service.create_key("acme")).token)
     return await getattr(stub, method)(request, metadata=service.root if metadata is None else metadata)
 
 
@@ -346,5 +356,12 @@ def good_request(method: str, *, key_id: str, organization_id: str = "acme", tok
         "ListWebhookDeliveries": lambda: webhooks_pb.ListWebhookDeliveriesRequest(webhook_id=PLANTED),
         "RedeliverWebhook": lambda: webhooks_pb.RedeliverWebhookRequest(webhook_id=PLANTED),
         "SendTestEvent": lambda: webhooks_pb.SendTestEventRequest(webhook_id=PLANTED),
+        "ExchangeKey": lambda: tokens_pb.ExchangeKeyRequest(permissions=["read"], audience="orders"),
+        "RefreshToken": lambda: tokens_pb.RefreshTokenRequest(
+            refresh_token=next_refresh_token(), request_id=str(uuid.uuid4())
+        ),
+        "RevokeToken": lambda: tokens_pb.RevokeTokenRequest(refresh_token=next_refresh_token()),
+        "GetJwks": tokens_pb.GetJwksRequest,
+        "RotateSigningKeys": tokens_pb.RotateSigningKeysRequest,
     }
     return make[method]()

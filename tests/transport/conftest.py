@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest_asyncio
 
 from support.service import RunningService, run_service
+from support.tokens import plant_tokens
 from support.transport import fresh_database
 from support.webhooks import plant_webhooks
 
@@ -17,4 +18,5 @@ async def shared_service(postgres_url: str, template_url: str) -> AsyncIterator[
     async with fresh_database(postgres_url, template_url) as url, run_service(url) as running:
         await running.create_organization("acme")
         await plant_webhooks(url)
+        await plant_tokens(url)
         yield running

@@ -20,7 +20,7 @@ from google.protobuf.message_factory import GetMessageClass
 from buf.validate import validate_pb2
 from latchgate.rpc.requests import PATTERN_ADVICE
 from support.service import RunningService, call_error, refusal
-from support.transport import MANAGEMENT_METHODS, METHODS, call, good_request
+from support.transport import METHODS, RULED_METHODS, call, good_request
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -122,7 +122,7 @@ def _putter(descriptor: FieldDescriptor, reach: Callable[[Message], Message]) ->
 
 FIELDS: Final = [
     field
-    for method in MANAGEMENT_METHODS
+    for method in RULED_METHODS
     for field in _fields_within(method, METHODS[method].input_type, "", lambda request: request)
 ]
 
@@ -284,7 +284,7 @@ async def test_breach_is_named(shared_service: RunningService, field: Field) -> 
         assert f"{breach.path}: " in refused.message, breach
 
 
-@pytest.mark.parametrize("method", MANAGEMENT_METHODS)
+@pytest.mark.parametrize("method", RULED_METHODS)
 async def test_good_request_breaks_no_rule(shared_service: RunningService, method: str) -> None:
     """The requests from which the tables start are good: what the tests above see is the breach alone."""
     created = await shared_service.create_key("acme")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from support.service import RunningService, run_service
+from support.tokens import exchange
 from support.transport import eventually, grpcurl
 from support.webhooks import LOOPBACK, receiver
 
@@ -16,7 +17,7 @@ class Terminal:
     """Types grpcurl lines, as root."""
 
     def __init__(self, service: RunningService) -> None:
-        self._service = service
+        self.service = service
 
     async def ask(self, method: str, **request: Any) -> Any:
         """Makes a call that must succeed, and gives its answer."""
@@ -36,8 +37,8 @@ class Terminal:
         return str(answer["outcome"]).removeprefix("OUTCOME_")
 
     async def _call(self, method: str, request: dict[str, Any]) -> Any:
-        header = f"authorization: {self._service.root[0][1]}"
-        return await grpcurl("-H", header, "-d", json.dumps(request), self._service.address, f"apikeys.v1.{method}")
+        header = f"authorization: {self.service.root[0][1]}"
+        return await grpcurl("-H", header, "-d", json.dumps(request), self.service.address, f"apikeys.v1.{method}")
 
 
 @pytest.fixture
@@ -112,6 +113,21 @@ async def test_usage(terminal: Terminal) -> None:
     unused = await terminal.ask("UsageService/ListUnusedKeys", organization_id="acme", unused_days=1)
     assert ["unused_since_time"] == list(unused)
     assert "unused_days: must be" in await terminal.fail("UsageService/ListUnusedKeys", organization_id="acme")
+
+
+async def test_access_tokens(terminal: Terminal) -> None:
+    """A key is exchanged, its tokens are refreshed, and their end is told; the keys to verify them with are shown."""
+    await terminal.ask("OrganizationService/CreateOrganization", organization_id="acme", name="Acme")
+    created = await terminal.ask("KeyService/CreateKey", organization_id="acme", name="ci", permissions=["read"])
+    grant = await exchange(terminal.service, created["token"])
+    following = await terminal.ask("TokenService/RefreshToken", refresh_token=grant.refresh_token)
+    assert "Bearer" == following["token_type"]
+    (key,) = (await terminal.ask("TokenService/GetJwks"))["keys"]
+    assert ("EC", "sig") == (key["kty"], key["use"])
+    assert {} == await terminal.ask("TokenService/RevokeToken", refresh_token=following["refresh_token"])
+    told = await terminal.fail("TokenService/RefreshToken", refresh_token=following["refresh_token"])
+    assert "exchange the key again" in told
+    assert key["kid"] != (await terminal.ask("TokenService/RotateSigningKeys"))["key"]["kid"]
 
 
 async def test_webhook(database_url: str) -> None:

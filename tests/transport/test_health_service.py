@@ -29,6 +29,7 @@ NAMES: Final = (
     "apikeys.v1.OrganizationService",
     "apikeys.v1.UsageService",
     "apikeys.v1.WebhookService",
+    "apikeys.v1.TokenService",
     "envoy.service.auth.v3.Authorization",
 )
 WATCH: Final = "/grpc.health.v1.Health/Watch"

@@ -51,6 +51,7 @@ SPARED = {
     "ListWebhookDeliveries",
     "RedeliverWebhook",
     "SendTestEvent",
+    "RotateSigningKeys",
 }
 
 

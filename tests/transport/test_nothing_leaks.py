@@ -30,8 +30,10 @@ import pytest
 from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
+from apikeys.v1 import token_service_pb2 as tokens_pb
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from apikeys.v1.organization_service_pb2_grpc import OrganizationServiceStub
+from apikeys.v1.token_service_pb2_grpc import TokenServiceStub
 from support.processes import Latchgate, environment, latchgate
 from support.service import bearer
 from support.transport import DEADLINE_S, Http2, call_path, call_raw, fresh_database, length_delimited, path_of
@@ -97,6 +99,8 @@ class Client:
     async def ask(self, method: str, request: Any, token: str | None = None) -> Any:
         """Calls a method as root, or with another token, and gives the answer; None if it was refused."""
         stub_class: Any = KeyServiceStub if hasattr(pb, type(request).__name__) else OrganizationServiceStub
+        if hasattr(tokens_pb, type(request).__name__):
+            stub_class = TokenServiceStub
         started = getattr(stub_class(self.channel), method)(
             request, metadata=bearer(token or self.canaries.root_token), timeout=DEADLINE_S
         )
@@ -150,8 +154,25 @@ async def live_a_life(client: Client) -> None:
     published = await client.ask("CreateKey", public)
     read = await client.ask("GetPublishableKey", pb.GetPublishableKeyRequest(organization_id="acme"))
     assert published.token == read.token
+    await exchange_a_key(client)
     kept = pb.CreateKeyRequest(organization_id="acme", name="kept", permissions=["keys:read", "keys:write"])
     canaries.tokens.append((await client.ask("CreateKey", kept)).token)
+
+
+async def exchange_a_key(client: Client) -> None:
+    """Exchanges a key, refreshes with and without a request_id, and uses a token twice."""
+    canaries, request_id = client.canaries, uuid.uuid4()
+    canaries.request_ids.append(request_id)
+    created = await client.ask("CreateKey", pb.CreateKeyRequest(organization_id="acme", name="exchanged"))
+    for _ in range(2):
+        grant = await client.ask("ExchangeKey", tokens_pb.ExchangeKeyRequest(), token=created.token)
+        used = tokens_pb.RefreshTokenRequest(refresh_token=grant.refresh_token, request_id=str(request_id))
+        following = await client.ask("RefreshToken", used)
+        assert following.refresh_token == (await client.ask("RefreshToken", used)).refresh_token
+        for each in (grant, following):
+            canaries.tokens += [each.access_token, each.refresh_token]
+    await client.ask("RefreshToken", tokens_pb.RefreshTokenRequest(refresh_token=grant.refresh_token))
+    canaries.tokens.append(created.token)
 
 
 async def err_in_every_way(client: Client) -> None:
@@ -177,6 +198,12 @@ async def _put_into_fields(client: Client, token: str) -> None:
         ("CreateKey", pb.CreateKeyRequest(organization_id="acme", name="a", user_id=token, user_email=token)),
         ("UpdateKey", pb.UpdateKeyRequest(key=key_pb2.Key(id=token), etag=token[:64])),
         ("GetOrganization", organizations_pb.GetOrganizationRequest(organization_id=token)),
+        ("RefreshToken", tokens_pb.RefreshTokenRequest(refresh_token=token, request_id=token)),
+        ("RefreshToken", tokens_pb.RefreshTokenRequest(refresh_token=f"{token}\n")),
+        ("RefreshToken", tokens_pb.RefreshTokenRequest(refresh_token=token)),
+        ("ExchangeKey", tokens_pb.ExchangeKeyRequest(audience=f"{token}\n", permissions=[token])),
+        ("ExchangeKey", tokens_pb.ExchangeKeyRequest(permissions=[token.lower()])),
+        ("RevokeToken", tokens_pb.RevokeTokenRequest(refresh_token=token[:500])),
         ("CreatePlan", organizations_pb.CreatePlanRequest(plan=organizations_pb.Plan(id=token))),
         ("Validate", pb.ValidateRequest(token=token, client_ip=token, required_permissions=[token])),
         ("Validate", pb.ValidateRequest(token=f"{token} ", min_revision=-1)),

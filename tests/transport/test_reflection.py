@@ -23,6 +23,7 @@ async def test_list_names_every_service(shared_service: RunningService) -> None:
         "apikeys.v1.ImportService",
         "apikeys.v1.KeyService",
         "apikeys.v1.OrganizationService",
+        "apikeys.v1.TokenService",
         "apikeys.v1.UsageService",
         "apikeys.v1.WebhookService",
         "envoy.service.auth.v3.Authorization",

@@ -35,7 +35,7 @@ class Failing:
 async def answer_of(error: Exception) -> tuple[web.Response, Metrics]:
     """Asks where judging fails."""
     metrics, validator = Metrics(CollectorRegistry()), Failing(error)
-    endpoint = AuthEndpoint(metrics, metrics, 0, lambda: True)
+    endpoint = AuthEndpoint(metrics, metrics, 0, lambda: True, {})
     failing: Any = validator
     endpoint.connect(failing)
     return await endpoint.answer(make_mocked_request("GET", "/auth", headers={"X-API-Key": TOKEN})), metrics

@@ -124,6 +124,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT. An ImportKeys call has sent more than 1,000,000 rows. Those that were answered are stored; send the
     rest in another call.
     """
+    ERROR_REASON_REFRESH_TOKEN_INVALID: _ErrorReason.ValueType  # 56
+    """UNAUTHENTICATED. The refresh token is not accepted: it was never given, has ended, or its key may not be used now or from
+    this address. Which of these is not told. Exchange the key again.
+    """
+    ERROR_REASON_REFRESH_TOKEN_REUSED: _ErrorReason.ValueType  # 57
+    """UNAUTHENTICATED. The refresh token was used before. It, or the one that came in its place, is in other hands: all that came
+    of the same exchange has ended. Exchange the key again.
+    """
     ERROR_REASON_ISSUER_UNAVAILABLE: _ErrorReason.ValueType  # 58
     """UNAVAILABLE. The call carries a JWT, and the keys of its issuer can not be read. Try again."""
     ERROR_REASON_KEY_REQUIRED: _ErrorReason.ValueType  # 59
@@ -236,6 +244,14 @@ ERROR_REASON_UNDELETE_EXPIRED: ErrorReason.ValueType  # 54
 ERROR_REASON_IMPORT_TOO_LONG: ErrorReason.ValueType  # 55
 """INVALID_ARGUMENT. An ImportKeys call has sent more than 1,000,000 rows. Those that were answered are stored; send the
 rest in another call.
+"""
+ERROR_REASON_REFRESH_TOKEN_INVALID: ErrorReason.ValueType  # 56
+"""UNAUTHENTICATED. The refresh token is not accepted: it was never given, has ended, or its key may not be used now or from
+this address. Which of these is not told. Exchange the key again.
+"""
+ERROR_REASON_REFRESH_TOKEN_REUSED: ErrorReason.ValueType  # 57
+"""UNAUTHENTICATED. The refresh token was used before. It, or the one that came in its place, is in other hands: all that came
+of the same exchange has ended. Exchange the key again.
 """
 ERROR_REASON_ISSUER_UNAVAILABLE: ErrorReason.ValueType  # 58
 """UNAVAILABLE. The call carries a JWT, and the keys of its issuer can not be read. Try again."""

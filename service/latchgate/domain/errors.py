@@ -59,6 +59,14 @@ class CredentialsInvalidError(UnauthenticatedError):
     """The call's token is not accepted."""
 
 
+class RefreshTokenInvalidError(UnauthenticatedError):
+    """The refresh token is not accepted, for whatever reason."""
+
+
+class RefreshTokenReusedError(UnauthenticatedError):
+    """The refresh token was used up before; its family has ended."""
+
+
 class DeniedError(LatchgateError):
     """The caller is known and may not do this."""
 

@@ -394,3 +394,29 @@ class Caller:
     def is_root(self) -> bool:
         """Whether the caller holds a root key."""
         return self.organization_id == ROOT_ORGANIZATION_ID
+
+
+@dataclass(slots=True, kw_only=True)
+class Visitor:
+    """Who makes a call whose request itself carries what says who that is: nobody, until the call's use case knows.
+
+    `caller` is set as soon as it does, also where the call is refused then: what it leaves in the audit trail is the
+    caller's. `answer_by_s` is as a Caller's.
+    """
+
+    client_ip: str
+    answer_by_s: float = math.inf
+    call: Call = field(default_factory=Call)
+    caller: Caller | None = None
+
+    def becomes(self, *, key_id: str, secret_id: int, organization_id: str, grants: Grants) -> Caller:
+        """Makes the visitor a known caller."""
+        self.caller = Caller(
+            key_id=key_id,
+            secret_id=secret_id,
+            organization_id=organization_id,
+            grants=grants,
+            answer_by_s=self.answer_by_s,
+            call=self.call,
+        )
+        return self.caller

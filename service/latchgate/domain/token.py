@@ -62,22 +62,30 @@ class MintedToken:
 class TokenFormat:
     """Mints and recognises tokens under one tag key."""
 
-    def __init__(self, tag_key: bytes, prefixes: Prefixes = DEFAULT_PREFIXES) -> None:
-        """Takes the deployment's tag key, and the prefix of each type and environment."""
+    def __init__(
+        self, tag_key: bytes, prefixes: Prefixes = DEFAULT_PREFIXES, other_prefixes: Collection[str] = ()
+    ) -> None:
+        """Takes the deployment's tag key, and the prefix of each type and environment.
+
+        `other_prefixes` are those of what the deployment gives out besides, whose tags are not made with this key.
+        """
         self._inner, self._outer = _hmac_states(tag_key)
         self._prefixes = prefixes
-        self._own_prefixes: Collection[str] = frozenset(prefixes.values())
+        self._own_prefixes: Collection[str] = frozenset((*prefixes.values(), *other_prefixes))
 
     def mint(self, key_type: KeyType, environment: Environment) -> MintedToken:
         """Makes a token from the operating system's randomness."""
         prefix = self._prefixes[key_type, environment]
-        head = prefix + "".join(secrets.choice(ALPHABET) for _ in range(RANDOM_LENGTH))
-        token = head + self._tag(head)
+        token = self.tagged(prefix + random_text(RANDOM_LENGTH))
         readable = token if key_type is KeyType.PUBLISHABLE else None
         return MintedToken(
             token=token,
             secret=NewSecret(digest=digest(token), hint=token[: len(prefix) + HINT_LENGTH], readable_token=readable),
         )
+
+    def tagged(self, head: str) -> str:
+        """Gives prefix and random part with their tag: the whole token."""
+        return head + self._tag(head)
 
     def recognise(self, token: str) -> Form:
         """Says what a string is. The tag is compared in constant time.
@@ -104,6 +112,11 @@ class TokenFormat:
         inner.update(head.encode())
         outer.update(inner.digest())
         return _base62(int.from_bytes(outer.digest()[:8], "big"))
+
+
+def random_text(length: int) -> str:
+    """Gives characters of the alphabet, from the operating system's randomness."""
+    return "".join(secrets.choice(ALPHABET) for _ in range(length))
 
 
 def may_be_token(text: str) -> bool:

@@ -31,7 +31,7 @@ from latchgate.domain.errors import (
     StorageUnavailableError,
 )
 from latchgate.domain.logins import Login
-from latchgate.domain.model import Call, Caller
+from latchgate.domain.model import Call, Caller, Visitor
 from latchgate.domain.ports import AuditTrail
 from latchgate.domain.validation import Validator
 from latchgate.observers import CallObserver, Tally
@@ -42,6 +42,7 @@ from latchgate.rpc.status import code_and_reason, internal_status, is_listed, st
 
 Context = grpc.aio.ServicerContext[Any, Any]
 ManagementHandler = Callable[[Any, Any, Caller], Awaitable[Message]]
+VisitedHandler = Callable[[Any, Any, Visitor], Awaitable[Message]]
 StreamHandler = Callable[[Any], Callable[[Any, Caller], Awaitable[Message]]]
 """Begins a call of a service, and gives what answers its requests, one after the other."""
 ValidationHandler = Callable[[Any, Any, Caller | None], Awaitable[Message | bytes]]
@@ -148,6 +149,46 @@ class Pipeline:
                 return answer
             finally:
                 # Before the caller is told: who reads of an incident finds it in the log.
+                call.log()
+                self._observer.finished(name, call.code.name, call.seconds())
+            return await _abort(context, status)
+
+        return behave
+
+    def visited(self, method: MethodDescriptor, handler: VisitedHandler) -> Behaviour:
+        """Wraps a handler that finds out by the request who calls, if anyone in particular.
+
+        As soon as it knows, the call is the caller's in the log and the audit trail; one of nobody leaves no trace in
+        these.
+        """
+        name, service, request_type = _described(method)
+
+        async def behave(raw: bytes, context: Context) -> Message:
+            call = _Call(name, context, perf_counter())
+            visitor, request = None, None
+            try:
+                backend = await self._admitted()
+                visitor = Visitor(
+                    client_ip=peer_address(context.peer()),
+                    answer_by_s=_answer_by_s(context, backend.boottime()),
+                    call=call_of(name, context),
+                )
+                request = parse(request_type, raw)
+                check_rules(request)
+                answer = await handler(backend.services[service], request, visitor)
+                call.caller = visitor.caller
+                if call.caller is not None and not visitor.call.is_recorded:
+                    await backend.trail.record_audit(call.caller, entry_of(call.caller, request, answer))
+            except BaseException as error:
+                call.caller = visitor.caller if visitor else None
+                status = call.refuse(error)
+                if status is None:
+                    raise
+                if call.caller is not None:
+                    await self._record_refusal(backend.trail, call, request)
+            else:
+                return answer
+            finally:
                 call.log()
                 self._observer.finished(name, call.code.name, call.seconds())
             return await _abort(context, status)

@@ -22,6 +22,7 @@ MAX_REPAIRED: Final = 100
 PATTERN_ADVICE: Final = {
     r"^[^\x00-\x1f\x7f]*$": "must not hold control characters",
     r"^[^\x00-\x1f\x7f]+$": "must not hold control characters",
+    r"^[!-~]+$": "must be a token: printable ASCII characters",
     r"^[^\x00]*$": "must not hold the character U+0000",
     r"^key_[0-9a-z]{26}$": "must be the id of a key: key_ and 26 lower-case letters and digits",
     r"^whk_[0-9a-z]{26}$": "must be the id of a webhook: whk_ and 26 lower-case letters and digits",

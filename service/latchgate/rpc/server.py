@@ -20,6 +20,7 @@ from apikeys.v1 import (
     import_service_pb2,
     key_service_pb2,
     organization_service_pb2,
+    token_service_pb2,
     usage_service_pb2,
     webhook_service_pb2,
 )
@@ -31,6 +32,7 @@ from latchgate.rpc.import_service import ImportService
 from latchgate.rpc.key_service import KeyService
 from latchgate.rpc.organization_service import OrganizationService
 from latchgate.rpc.pipeline import Pipeline
+from latchgate.rpc.token_service import TokenService
 from latchgate.rpc.usage_service import UsageService
 from latchgate.rpc.webhook_service import WebhookService
 
@@ -38,6 +40,7 @@ KEY_SERVICE: Final = key_service_pb2.DESCRIPTOR.services_by_name["KeyService"]
 ORGANIZATION_SERVICE: Final = organization_service_pb2.DESCRIPTOR.services_by_name["OrganizationService"]
 AUDIT_SERVICE: Final = audit_service_pb2.DESCRIPTOR.services_by_name["AuditService"]
 WEBHOOK_SERVICE: Final = webhook_service_pb2.DESCRIPTOR.services_by_name["WebhookService"]
+TOKEN_SERVICE: Final = token_service_pb2.DESCRIPTOR.services_by_name["TokenService"]
 USAGE_SERVICE: Final = usage_service_pb2.DESCRIPTOR.services_by_name["UsageService"]
 IMPORT_SERVICE: Final = import_service_pb2.DESCRIPTOR.services_by_name["ImportService"]
 EXT_AUTHZ_SERVICE: Final[ServiceDescriptor] = external_auth_pb2.DESCRIPTOR.services_by_name["Authorization"]
@@ -48,6 +51,7 @@ SERVICES: Final = (
     USAGE_SERVICE,
     IMPORT_SERVICE,
     WEBHOOK_SERVICE,
+    TOKEN_SERVICE,
     EXT_AUTHZ_SERVICE,
 )
 
@@ -56,6 +60,10 @@ CHECK: Final = EXT_AUTHZ_SERVICE.methods_by_name["Check"]
 # Those that judge tokens, and of them those that are answered from memory, with bytes.
 _HOT_METHODS: Final = frozenset({VALIDATE, CHECK, KEY_SERVICE.methods_by_name["BatchValidate"]})
 _RECALLED_METHODS: Final = frozenset({VALIDATE, CHECK})
+# Those whose callers are not known by the metadata: by the request itself, or not at all.
+_VISITED_METHODS: Final = frozenset(
+    TOKEN_SERVICE.methods_by_name[name] for name in ("RefreshToken", "RevokeToken", "GetJwks")
+)
 # How errors are told where a protocol has words of its own for them.
 _REFUSALS: Final = {CHECK: ext_authz.refuse}
 
@@ -153,6 +161,7 @@ def make_server(*, pipeline: Pipeline, shares_port: bool = False) -> RpcServer:
             _bind(USAGE_SERVICE, UsageService, pipeline),
             _bind(IMPORT_SERVICE, ImportService, pipeline),
             _bind(WEBHOOK_SERVICE, WebhookService, pipeline),
+            _bind(TOKEN_SERVICE, TokenService, pipeline),
             _bind(EXT_AUTHZ_SERVICE, ExtAuthz, pipeline),
         )
     )
@@ -182,6 +191,8 @@ def _bind(
             continue
         if method in _HOT_METHODS:
             behave = pipeline.validation(method, handler, _REFUSALS.get(method))
+        elif method in _VISITED_METHODS:
+            behave = pipeline.visited(method, handler)
         else:
             behave = pipeline.management(method, handler)
         recalled = method in _RECALLED_METHODS

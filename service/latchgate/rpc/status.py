@@ -27,6 +27,7 @@ MAX_DESCRIPTION_BYTES: Final = 400
 
 # Clients log what they are told. A token that stood in a wrong field, and would be named with it, is not sent back.
 _TOKEN_BODY: Final = re.compile(r"_[0-9A-Za-z]{40,}")
+_JWT: Final = re.compile(r"eyJ[\w-]{10,}\.[\w-]*(\.[\w-]*)?")
 
 _Reason = error_reason_pb2.ErrorReason
 
@@ -38,6 +39,8 @@ _TABLE: Final[dict[type[errors.LatchgateError], tuple[grpc.StatusCode, error_rea
     errors.ImportTooLongError: (grpc.StatusCode.INVALID_ARGUMENT, _Reason.ERROR_REASON_IMPORT_TOO_LONG),
     errors.CredentialsMissingError: (grpc.StatusCode.UNAUTHENTICATED, _Reason.ERROR_REASON_CREDENTIALS_MISSING),
     errors.CredentialsInvalidError: (grpc.StatusCode.UNAUTHENTICATED, _Reason.ERROR_REASON_CREDENTIALS_INVALID),
+    errors.RefreshTokenInvalidError: (grpc.StatusCode.UNAUTHENTICATED, _Reason.ERROR_REASON_REFRESH_TOKEN_INVALID),
+    errors.RefreshTokenReusedError: (grpc.StatusCode.UNAUTHENTICATED, _Reason.ERROR_REASON_REFRESH_TOKEN_REUSED),
     errors.OrganizationInactiveError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_ORGANIZATION_INACTIVE),
     errors.AddressDeniedError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_ADDRESS_DENIED),
     errors.PermissionMissingError: (grpc.StatusCode.PERMISSION_DENIED, _Reason.ERROR_REASON_PERMISSION_MISSING),
@@ -121,7 +124,7 @@ def _bad_request(error: errors.InvalidFieldError) -> error_details_pb2.BadReques
 
 def told(text: str, max_bytes: int) -> str:
     """Gives a text as it may be told: without tokens, and no longer than `max_bytes`."""
-    text = _TOKEN_BODY.sub("_...", text)
+    text = _JWT.sub("eyJ...", _TOKEN_BODY.sub("_...", text))
     encoded = text.encode()
     return text if len(encoded) <= max_bytes else encoded[: max_bytes - 4].decode(errors="ignore") + " ..."
 

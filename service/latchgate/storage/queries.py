@@ -161,11 +161,14 @@ SELECT $1, counted.id, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13 FROM count
 """
 
 # All that can change of a key; one that is revoked by this is counted no more, and one that is brought back is again.
+# With a key that is revoked end the tokens that it was exchanged for, for good.
 KEY_UPDATE = """
 WITH counted AS (
     UPDATE organization o SET key_count = o.key_count + CASE WHEN k.revoke_time IS NULL THEN -1 ELSE 1 END
     FROM key k
     WHERE k.id = $1 AND o.id = k.organization_id AND (k.revoke_time IS NULL) <> ($9::timestamptz IS NULL)
+), refreshed AS (
+    DELETE FROM token_family WHERE key_id = $1 AND $9 IS NOT NULL
 )
 UPDATE key
 SET name = $2, permissions = $3, rate_limit_per_minute = $4, active = $5, metadata = $6, allowed_cidrs = $7,
@@ -338,6 +341,23 @@ LEFT JOIN LATERAL (
     JOIN plan p ON p.id = o.plan_id
     WHERE s.digest = ANY ($1::bytea[])
 ) found ON true
+"""
+)
+
+# What tokens need to know of the key $1, which is locked with its organization, and of its secret $2: so nothing of it
+# can change any more. By the clock and not by the transaction's begin, since when the secret may have been ended.
+SECRET_GET_HOLDER = (
+    """
+SELECT k.id AS key_id, s.id AS secret_id, k.organization_id, o.active AS organization_active, k.active,
+       k.revoke_time IS NOT NULL AS revoked, k.expire_time, """
+    + _SECRET_HAS_ENDED
+    + """ AS is_ended,
+       s.end_time AS secret_end_time, k.permissions, k.allowed_cidrs, k.key_type, k.environment, k.user_id,
+       clock_timestamp() AS read_time
+FROM key k
+JOIN organization o ON o.id = k.organization_id
+JOIN secret s ON s.key_id = k.id
+WHERE k.id = $1 AND s.id = $2
 """
 )
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from datetime import timedelta
 from uuid import UUID
 
 from cryptography.fernet import Fernet
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from latchgate.storage import queries
 from latchgate.storage.postgres import Database
+from latchgate.storage.sealing import fernet
 from latchgate.storage.transaction import TOKEN_KEPT
 
 SLOT_KEPT = timedelta(days=1)
@@ -19,7 +17,7 @@ FORGET_ROWS = 5000
 
 
 class RequestSealer:
-    """Implements latchgate.domain.ports.Sealer: Fernet, its key derived (HKDF, RFC 5869) from tag key and request id.
+    """Implements latchgate.domain.ports.Sealer: under a key of tag key and request id.
 
     The database holds neither the request id nor, with a tag key from the settings, the tag key: a copy of the database
     opens nothing.
@@ -38,8 +36,7 @@ class RequestSealer:
         return self._fernet(request_id).decrypt(sealed).decode()
 
     def _fernet(self, request_id: UUID) -> Fernet:
-        derived = HKDF(algorithm=SHA256(), length=32, salt=request_id.bytes, info=b"latchgate request token")
-        return Fernet(base64.urlsafe_b64encode(derived.derive(self._tag_key)))
+        return fernet(self._tag_key, use=b"latchgate request token", salt=request_id.bytes)
 
 
 async def forget_requests(database: Database) -> None:

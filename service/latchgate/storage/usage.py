@@ -69,7 +69,7 @@ class _Part:
 
 
 class UsageBuffer:
-    """Implements latchgate.domain.ports.UsageRecorder. A crash loses what came since the last flush.
+    """Implements UsageRecorder and UseRecorder of the domain's ports. A crash loses what came since the last flush.
 
     Counts can not be written twice as times can. So what is written is cut into parts with numbers, and a part leaves
     its number in its transaction. One of which it is not known whether it was written is sent again as it was, before
@@ -104,6 +104,14 @@ class UsageBuffer:
         uses.valid += 1
         if uses.used_s < now_s:  # noqa: PLR1730 - a call of max takes as long as all the rest
             uses.used_s = now_s
+
+    def used_secret(self, secret_id: int, organization_id: str, now_s: float) -> None:
+        """Takes note of a use that was no answer of Validate, as `used` does."""
+        if not self._begin_s <= now_s < self._end_s:
+            self._turn(now_s)
+        uses = self._uses.setdefault(secret_id, _Uses(organization_id))
+        uses.valid += 1
+        uses.used_s = max(uses.used_s, now_s)
 
     def refused(self, record: KeyRecord, outcome: Outcome, now_s: float) -> None:
         """Takes note of any other answer."""

@@ -10,8 +10,6 @@ from datetime import timedelta
 
 import asyncpg
 from cryptography.fernet import Fernet
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from latchgate.domain.outbox import (
     Delivery,
@@ -25,6 +23,7 @@ from latchgate.domain.outbox import (
 )
 from latchgate.storage import queries, queries_outbox
 from latchgate.storage.postgres import Database
+from latchgate.storage.sealing import fernet
 from latchgate.storage.transaction import PostgresTransaction
 
 SECRET_PREFIX = "whsec_"  # noqa: S105 - a prefix is public
@@ -34,7 +33,7 @@ REVIVE_ROWS = 5000
 
 
 class FernetWebhookSealer:
-    """Implements latchgate.domain.webhook_ports.WebhookSealer: Fernet, its key derived (HKDF) from the tag key.
+    """Implements latchgate.domain.webhook_ports.WebhookSealer: each under a key of its own.
 
     With a tag key from the settings a copy of the database opens no secret.
     """
@@ -53,8 +52,7 @@ class FernetWebhookSealer:
         return self._fernet(webhook_id).decrypt(sealed).decode()
 
     def _fernet(self, webhook_id: str) -> Fernet:
-        derived = HKDF(algorithm=SHA256(), length=32, salt=webhook_id.encode(), info=b"latchgate webhook secret")
-        return Fernet(base64.urlsafe_b64encode(derived.derive(self._tag_key)))
+        return fernet(self._tag_key, use=b"latchgate webhook secret", salt=webhook_id.encode())
 
 
 class PostgresWebhookTransaction(PostgresTransaction):

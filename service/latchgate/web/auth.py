@@ -7,7 +7,7 @@ answer is 200 with who the key is in headers, or the very answer that the client
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from time import monotonic, perf_counter
 from typing import Final
 
@@ -53,6 +53,9 @@ REASON: Final = IDENTITY_PREFIX + "reason"
 REMIND_S: Final = 60.0
 """How often a gateway's mistake is logged."""
 
+Page = Callable[[web.BaseRequest], Awaitable[web.Response]]
+"""What answers requests for one path."""
+
 _log = structlog.get_logger("latchgate.web")
 
 
@@ -60,14 +63,23 @@ class AuthEndpoint:
     """Answers gateways. Until `connect` is called it can not decide anything."""
 
     def __init__(
-        self, outcomes: OutcomeObserver, calls: CallObserver, trusted_hops: int, is_serving: Callable[[], bool]
+        self,
+        outcomes: OutcomeObserver,
+        calls: CallObserver,
+        trusted_hops: int,
+        is_serving: Callable[[], bool],
+        pages: Mapping[str, Page],
     ) -> None:
-        """Takes who is told of outcomes and calls, how many proxies are trusted (see Needs), and what tells health."""
+        """Takes who is told of outcomes and calls, how many proxies are trusted (see Needs), and what tells health.
+
+        `pages` are what else there is, by its path.
+        """
         self._outcomes = outcomes
         self._calls = calls
         self._needs = Needs("query", trusted_hops)
         self._identity = Remembering(lambda record: identity(record).headers)
         self._is_serving = is_serving
+        self._pages = pages
         self._validator: Validator | None = None
         self._reminded_s = -REMIND_S
 
@@ -80,8 +92,10 @@ class AuthEndpoint:
         path = request.path
         if path == HEALTH_PATH:
             return _plain(200, "serving") if self._is_serving() else _plain(503, "not serving")
+        if path in self._pages:
+            return await self._pages[path](request)
         if path != AUTH_PATH:
-            return _plain(404, f"there is {AUTH_PATH} and {HEALTH_PATH}")
+            return _plain(404, f"there is {', '.join((AUTH_PATH, *self._pages))} and {HEALTH_PATH}")
         start_s, code = perf_counter(), "OK"
         try:
             return await self._judge(request)
