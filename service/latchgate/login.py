@@ -24,13 +24,15 @@ from latchgate.oidc.reader import JwtReader
 LOOK_INTERVAL_S: Final = 30.0
 
 
-class _Age(Collector):
+class IssuerFigures(Collector):
     """Tells how old the issuer's keys are, at any time."""
 
     def __init__(self, keys: IssuerKeys) -> None:
+        """Takes the keys."""
         self._keys = keys
 
     def collect(self) -> Iterable[Metric]:
+        """Reads it."""
         yield GaugeMetricFamily(
             "latchgate_issuer_keys_age_seconds",
             "How long ago the keys of the issuer of JWTs were read; +Inf if they never were.",
@@ -58,7 +60,7 @@ def open_login(  # noqa: PLR0913 - what a worker is made of, each by its name
     stack.push_async_callback(fetcher.close)
     keys = IssuerKeys(settings.oidc_issuer, fetcher.get, clock)
     stack.push_async_callback(keys.close)
-    metrics.watch(_Age(keys))
+    metrics.watch(IssuerFigures(keys))
     now = asyncio.Event()
     now.set()
     background.repeat("reading of the issuer's keys", LOOK_INTERVAL_S, keys.renew, now)

@@ -20,6 +20,7 @@ _CONSTRAINTS = """
     SELECT conrelid::regclass::text AS relation, conname AS name, pg_get_constraintdef(oid) AS definition
     FROM pg_constraint
     WHERE conrelid = ANY ($1::text[]::regclass[]) AND contype IN ('p', 'u', 'f')
+       OR confrelid = ANY ($1::text[]::regclass[]) AND contype = 'f'
     ORDER BY contype = 'f', contype <> 'p', conname
 """
 _INDEXES = """
@@ -32,7 +33,7 @@ _INDEXES = """
 
 @asynccontextmanager
 async def without_indexes(connection: asyncpg.Connection[asyncpg.Record], tables: Sequence[str]) -> AsyncIterator[None]:
-    """Drops all indexes and keys of these tables, and makes them again at the end. No other table may refer to them."""
+    """Drops all indexes and keys of these tables, with what refers to them, and makes them again at the end."""
     constraints = await connection.fetch(_CONSTRAINTS, tables)
     before = await connection.fetch(_INDEXES, tables)
     for each in reversed(constraints):

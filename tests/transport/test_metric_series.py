@@ -14,6 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from apikeys.v1 import key_service_pb2 as pb
 from latchgate.domain.coherence import Reading
+from latchgate.login import IssuerFigures
+from latchgate.oidc.keys import IssuerKeys
 from latchgate.workers.metrics import FleetMetrics
 from support.service import RunningService, bearer, refusal, run_service
 from support.transport import METHODS, call, call_path, call_raw, calls, fresh_database, good_request, label_of, sample
@@ -28,6 +30,15 @@ def series(service: RunningService) -> set[tuple[str, tuple[tuple[str, str], ...
     """Lists all series that there are, by name and labels."""
     families = service.running.metrics.registry.collect()
     return {(each.name, tuple(sorted(each.labels.items()))) for family in families for each in family.samples}
+
+
+def no_keys() -> IssuerKeys:
+    """The keys of an issuer that nobody has asked for them."""
+
+    async def fetch(url: str) -> dict[str, Any]:
+        raise AssertionError(url)
+
+    return IssuerKeys("https://login.example.com", fetch, lambda: 0.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -114,6 +125,7 @@ async def test_series_can_not_be_made_by_callers(shared_service: RunningService)
         "result": {"answered", "error", "delivered", "pending", "dead", *(each.value for each in Reading)},
         "kind": {"delivery", "mail"},
         "link": {"log", "listen"},
+        "problem": {"missing", "conflict"},
         "state": {"busy", "idle"},
         "le": re.compile(r"[0-9.+Inf]+"),
         "work": re.compile(r"[a-z_]+"),
@@ -135,8 +147,8 @@ async def test_alerts_ask_for_what_there_is(shared_service: RunningService) -> N
     labels_of: dict[str, set[str]] = {}
     for name, labels in series(shared_service):
         labels_of.setdefault(name, set()).update(label for label, _ in labels)
-    # What a supervisor has to say of its own.
-    for family in FleetMetrics().of_workers():
+    # What a supervisor has to say of its own, and a service that takes JWTs.
+    for family in (*FleetMetrics().of_workers(), *IssuerFigures(no_keys()).collect()):
         for each in family.samples:
             labels_of.setdefault(each.name, set()).update(each.labels)
 
