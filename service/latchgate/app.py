@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -18,25 +18,16 @@ from latchgate.background import Background
 from latchgate.config import Settings, SettingsError, ValidateAccess, load_scopes
 from latchgate.database import database_address
 from latchgate.domain.access import CORE_SCOPES
-from latchgate.domain.addresses import AddressGuard
 from latchgate.domain.cache import KeyCache
-from latchgate.domain.catalogue import ScopeManager, missing
+from latchgate.domain.catalogue import missing
 from latchgate.domain.coherence import Coherence, LeaseTerms
 from latchgate.domain.errors import UnavailableError
-from latchgate.domain.importing import KeyImporter
 from latchgate.domain.keyring import Keyring
-from latchgate.domain.keys import KeyManager
 from latchgate.domain.model import Scope
-from latchgate.domain.organizations import OrganizationManager
 from latchgate.domain.permissions import WILDCARD
-from latchgate.domain.refresh import RefreshTokenFormat
 from latchgate.domain.suspicion import SuspicionCounter
 from latchgate.domain.token import TokenFormat, digest
-from latchgate.domain.tokens import TokenManager
-from latchgate.domain.trail import AuditReader
-from latchgate.domain.usage import UsageReporter
 from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
-from latchgate.domain.webhooks import WebhookManager
 from latchgate.draining import drain
 from latchgate.housekeeping import keep_house
 from latchgate.ids import make_id
@@ -46,36 +37,14 @@ from latchgate.login import open_login
 from latchgate.observability import Metrics
 from latchgate.outgoing import send_out
 from latchgate.rpc import convert
-from latchgate.rpc.answers import AnswerWriter
-from latchgate.rpc.audit_service import AuditService
-from latchgate.rpc.check_request import CheckReader
-from latchgate.rpc.check_response import CheckWriter
-from latchgate.rpc.ext_authz import CheckRecall, ExtAuthz
-from latchgate.rpc.import_service import ImportService
-from latchgate.rpc.key_service import KeyService
-from latchgate.rpc.organization_service import OrganizationService
-from latchgate.rpc.pages import PageTokens
-from latchgate.rpc.pipeline import Backend, FromMemory, Pipeline, method_name
-from latchgate.rpc.recall import Recall
+from latchgate.rpc.pipeline import Pipeline
 from latchgate.rpc.server import (
-    AUDIT_SERVICE,
-    CHECK,
-    EXT_AUTHZ_SERVICE,
-    IMPORT_SERVICE,
-    KEY_SERVICE,
-    ORGANIZATION_SERVICE,
-    TOKEN_SERVICE,
-    USAGE_SERVICE,
-    VALIDATE,
-    WEBHOOK_SERVICE,
     ListenError,
     RpcServer,
     make_server,
 )
 from latchgate.rpc.tls import CertificateError, ReloadingCredentials, TlsFiles
-from latchgate.rpc.token_service import TokenService
-from latchgate.rpc.usage_service import UsageService
-from latchgate.rpc.webhook_service import WebhookService
+from latchgate.services import Core, Parts, make_backend, tell_of_lost_keys
 from latchgate.storage.audit import PostgresTrail
 from latchgate.storage.bootstrap import RootKey, ensure_root_key, load_tag_key
 from latchgate.storage.coherence import Membership
@@ -86,14 +55,11 @@ from latchgate.storage.migrate import migrate_for
 from latchgate.storage.postgres import Database
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.ratelimit import PostgresRateStore, rate_link
-from latchgate.storage.reports import PostgresUsageStore
-from latchgate.storage.requests import RequestSealer
 from latchgate.storage.signing import JoseSigner
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.suspicion import SuspicionStore
 from latchgate.storage.tokens import PostgresTokenStore
 from latchgate.storage.usage import UsageBuffer
-from latchgate.storage.webhooks import FernetWebhookSealer, PostgresWebhookStore
 from latchgate.watch import DatabaseWatch, Figures
 from latchgate.web.auth import AuthEndpoint
 from latchgate.web.jwks import JWKS_PATH, JwksPage
@@ -175,7 +141,7 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
         )
         http = HttpServer(endpoint, settings.drain_seconds)
         await server.set_serving(is_serving=False)
-        parts = _Parts(
+        parts = Parts(
             settings=settings,
             scopes=scopes,
             metrics=metrics,
@@ -214,24 +180,6 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Parts:
-    settings: Settings
-    scopes: tuple[Scope, ...]
-    metrics: Metrics
-    database: Database
-    usage: UsageBuffer
-    background: Background
-    pipeline: Pipeline
-    server: RpcServer
-    endpoint: AuthEndpoint
-    jwks: JwksPage
-    http: HttpServer
-    shares_ports: bool
-    # Set when there may be something to be sent out.
-    news: asyncio.Event
-
-
 def _credentials(settings: Settings) -> ReloadingCredentials | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
@@ -254,7 +202,7 @@ def _with_port(listen: str, port: int) -> str:
     return f"{listen.rpartition(':')[0]}:{port}" if port else listen
 
 
-async def _listen(parts: _Parts, credentials: ReloadingCredentials | None) -> None:
+async def _listen(parts: Parts, credentials: ReloadingCredentials | None) -> None:
     settings = parts.settings
     try:
         await parts.server.listen(settings.listen, credentials.credentials() if credentials else None)
@@ -268,7 +216,7 @@ async def _listen(parts: _Parts, credentials: ReloadingCredentials | None) -> No
 
 
 async def _get_ready_and_listen(
-    stack: AsyncExitStack, parts: _Parts, addresses: tuple[str, str], credentials: ReloadingCredentials | None
+    stack: AsyncExitStack, parts: Parts, addresses: tuple[str, str], credentials: ReloadingCredentials | None
 ) -> Ready:
     """Gets ready, and listens if that was put off until now."""
     ready = await _get_ready(stack, parts, *addresses)
@@ -277,7 +225,7 @@ async def _get_ready_and_listen(
     return ready
 
 
-async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: str) -> Ready:
+async def _get_ready(stack: AsyncExitStack, parts: Parts, dsn: str, owner_dsn: str) -> Ready:
     """Prepares the database, waiting for it if it is away, and lets calls through."""
     settings, database, background = parts.settings, parts.database, parts.background
     server, pipeline = parts.server, parts.pipeline
@@ -342,10 +290,19 @@ async def _get_ready(stack: AsyncExitStack, parts: _Parts, dsn: str, owner_dsn: 
         suspicion=suspects,
         clock=boottime,
     )
-    keyring = Keyring(PostgresTokenStore(database), JoseSigner(tag_key), time.monotonic, _tell_of_lost_keys)
-    refreshing = _token_service(parts, tag_key, keyring, suspects)
-    backend = _backend(parts, tokens, tag_key, validator, effects, suspicion, refreshing=refreshing)
-    pipeline.connect(replace(backend, login=login))
+    keyring = Keyring(PostgresTokenStore(database), JoseSigner(tag_key), time.monotonic, tell_of_lost_keys)
+    core = Core(
+        tokens=tokens,
+        tag_key=tag_key,
+        validator=validator,
+        effects=effects,
+        suspects=suspects,
+        suspicion=suspicion,
+        login=login,
+        keyring=keyring,
+        boottime=boottime,
+    )
+    pipeline.connect(make_backend(parts, core))
     parts.endpoint.connect(validator)
     parts.jwks.connect(keyring.published)
     watch = DatabaseWatch(probe, server, parts.metrics, background, coherence, reader)
@@ -378,88 +335,6 @@ async def _missing_scopes(store: PostgresStore, deployment: Sequence[Scope]) -> 
     except UnavailableError as error:
         _log.warning("scopes_not_checked", problem=error.message)
         return {}
-
-
-def _tell_of_lost_keys(kids: Sequence[str]) -> None:
-    """Says that tokens are signed with another key, because the one to sign with can not be read."""
-    _log.warning(
-        "signing_keys_unreadable",
-        kids=list(kids),
-        advice="they were encrypted under another LATCHGATE_TAG_KEY; a new one signs now, which gateways "
-        "know once they have fetched the keys again",
-    )
-
-
-def _token_service(parts: _Parts, tag_key: bytes, keyring: Keyring, suspects: SuspicionCounter) -> TokenService:
-    """Puts the use cases of tokens together."""
-    tokens = TokenManager(
-        store=PostgresTokenStore(parts.database),
-        keyring=keyring,
-        tokens=RefreshTokenFormat(tag_key, parts.settings.prefix_refresh),
-        sealer=RequestSealer(tag_key),
-        terms=parts.settings.token_terms,
-        make_id=make_id,
-        uses=parts.usage,
-        suspicion=suspects,
-    )
-    return TokenService(tokens=tokens, keyring=keyring, observer=parts.metrics)
-
-
-def _backend(  # noqa: PLR0913 - what stands behind all services
-    parts: _Parts,
-    tokens: TokenFormat,
-    tag_key: bytes,
-    validator: Validator,
-    effects: EffectPoller,
-    suspicion: SuspicionStore,
-    *,
-    refreshing: TokenService,
-) -> Backend:
-    """Puts the use cases together."""
-    pages, metrics = PageTokens(tag_key), parts.metrics
-    store = PostgresStore(parts.database, parts.news.set)
-    reader, writer = CheckReader(parts.settings.trusted_hops), CheckWriter()
-    answers = AnswerWriter(parts.settings.answer_ttl_seconds)
-    keys = KeyManager(
-        store=store,
-        tokens=tokens,
-        sealer=RequestSealer(tag_key),
-        effects=effects,
-        make_id=make_id,
-        deployment_scopes=parts.scopes,
-    )
-    organizations = OrganizationManager(store=store, effects=effects, make_id=make_id, deployment_scopes=parts.scopes)
-    importer = KeyImporter(store=store, tokens=tokens, effects=effects, make_id=make_id, deployment_scopes=parts.scopes)
-    webhooks = WebhookManager(
-        store=PostgresWebhookStore(parts.database, parts.news.set),
-        sealer=FernetWebhookSealer(tag_key),
-        guard=AddressGuard(parts.settings.private_networks),
-        make_id=make_id,
-    )
-    services = {
-        KEY_SERVICE.full_name: KeyService(
-            keys=keys,
-            scopes=ScopeManager(store=store, deployment_scopes=parts.scopes),
-            validator=validator,
-            pages=pages,
-            outcomes=metrics,
-            answers=answers,
-        ),
-        IMPORT_SERVICE.full_name: ImportService(importer=importer),
-        ORGANIZATION_SERVICE.full_name: OrganizationService(organizations=organizations, pages=pages),
-        AUDIT_SERVICE.full_name: AuditService(trail=AuditReader(PostgresTrail(parts.database), suspicion), pages=pages),
-        USAGE_SERVICE.full_name: UsageService(
-            usage=UsageReporter(PostgresUsageStore(parts.database, store)), pages=pages
-        ),
-        TOKEN_SERVICE.full_name: refreshing,
-        WEBHOOK_SERVICE.full_name: WebhookService(webhooks=webhooks, pages=pages),
-        EXT_AUTHZ_SERVICE.full_name: ExtAuthz(validator=validator, reader=reader, writer=writer, outcomes=metrics),
-    }
-    recalls: dict[str, FromMemory] = {
-        VALIDATE.full_name: Recall(validator, answers, metrics.tally(method_name(VALIDATE)), metrics),
-        CHECK.full_name: CheckRecall(validator, reader, writer, metrics.tally(method_name(CHECK)), metrics),
-    }
-    return Backend(validator=validator, trail=store, recalls=recalls, boottime=boottime, services=services)
 
 
 Result = TypeVar("Result")

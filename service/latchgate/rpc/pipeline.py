@@ -7,14 +7,10 @@ caller over through a context: here a handler is given its request and its calle
 from __future__ import annotations
 
 import asyncio
-import math
-import secrets
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import structlog
@@ -22,25 +18,19 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import status_pb2
-from grpc_status import rpc_status
 
 from latchgate.domain.callers import caller_of
-from latchgate.domain.errors import (
-    CredentialsInvalidError,
-    CredentialsMissingError,
-    StorageUnavailableError,
-)
+from latchgate.domain.errors import StorageUnavailableError
 from latchgate.domain.logins import Login
 from latchgate.domain.model import Call, Caller, Visitor
 from latchgate.domain.ports import AuditTrail
 from latchgate.domain.validation import Validator
 from latchgate.observers import CallObserver, Tally
 from latchgate.rpc.audited import call_of, entry_of
+from latchgate.rpc.calls import Context, RunningCall, abort, answer_due_s, bearer_token
 from latchgate.rpc.peers import peer_address
 from latchgate.rpc.requests import check_rules, parse
-from latchgate.rpc.status import code_and_reason, internal_status, is_listed, status_of
 
-Context = grpc.aio.ServicerContext[Any, Any]
 ManagementHandler = Callable[[Any, Any, Caller], Awaitable[Message]]
 VisitedHandler = Callable[[Any, Any, Visitor], Awaitable[Message]]
 StreamHandler = Callable[[Any], Callable[[Any, Caller], Awaitable[Message]]]
@@ -53,12 +43,6 @@ FromMemory = Callable[[bytes], bytes | None]
 Refuse = Callable[[status_pb2.Status, bytes, Context], bytes | None]
 """Gives the answer to a request that says an error in the words of a protocol; None where the call ends with it."""
 
-# What is left of a caller's time for the answer, when something was waited for: a quarter of it, or this.
-ANSWER_RESERVE_S = 0.2
-ANSWER_RESERVE_PART = 0.25
-
-_BEARER = "bearer"
-_PACKAGE = str(Path(__file__).parents[1])
 _log = structlog.get_logger("latchgate.rpc")
 
 
@@ -128,7 +112,7 @@ class Pipeline:
         name, service, request_type = _described(method)
 
         async def behave(raw: bytes, context: Context) -> Message:
-            call = _Call(name, context, perf_counter())
+            call = RunningCall(name, context, perf_counter())
             request = None
             try:
                 backend = await self._admitted()
@@ -151,7 +135,7 @@ class Pipeline:
                 # Before the caller is told: who reads of an incident finds it in the log.
                 call.log()
                 self._observer.finished(name, call.code.name, call.seconds())
-            return await _abort(context, status)
+            return await abort(context, status)
 
         return behave
 
@@ -164,13 +148,13 @@ class Pipeline:
         name, service, request_type = _described(method)
 
         async def behave(raw: bytes, context: Context) -> Message:
-            call = _Call(name, context, perf_counter())
+            call = RunningCall(name, context, perf_counter())
             visitor, request = None, None
             try:
                 backend = await self._admitted()
                 visitor = Visitor(
                     client_ip=peer_address(context.peer()),
-                    answer_by_s=_answer_by_s(context, backend.boottime()),
+                    answer_by_s=answer_due_s(context, backend.boottime()),
                     call=call_of(name, context),
                 )
                 request = parse(request_type, raw)
@@ -191,11 +175,11 @@ class Pipeline:
             finally:
                 call.log()
                 self._observer.finished(name, call.code.name, call.seconds())
-            return await _abort(context, status)
+            return await abort(context, status)
 
         return behave
 
-    async def _record_refusal(self, trail: AuditTrail, call: _Call, request: Message | None) -> None:
+    async def _record_refusal(self, trail: AuditTrail, call: RunningCall, request: Message | None) -> None:
         """Records a refused call, as far as the trail can be written: the call ends as it would have."""
         caller = call.caller
         if caller is None:
@@ -221,7 +205,7 @@ class Pipeline:
         name, service, request_type = _described(method)
 
         async def behave(requests: AsyncIterator[bytes], context: Context) -> None:
-            call = _Call(name, context, perf_counter())
+            call = RunningCall(name, context, perf_counter())
             request = None
             try:
                 backend = await self._admitted()
@@ -255,7 +239,7 @@ class Pipeline:
             finally:
                 call.log()
                 self._observer.finished(name, call.code.name, call.seconds())
-            await _abort(context, status)
+            await abort(context, status)
 
         return behave
 
@@ -277,7 +261,7 @@ class Pipeline:
                 request = raw if refuse else parse(request_type, raw)
                 return await handler(backend.services[service], request, caller)
             except BaseException as error:
-                call = _Call(name, context, start_s)
+                call = RunningCall(name, context, start_s)
                 status = call.refuse(error)
                 code = call.code
                 if code is grpc.StatusCode.INTERNAL:
@@ -289,7 +273,7 @@ class Pipeline:
                     return answer
             finally:
                 self._observer.finished(name, code.name, perf_counter() - start_s)
-            return await _abort(context, status)
+            return await abort(context, status)
 
         return behave
 
@@ -356,113 +340,14 @@ def _described(method: MethodDescriptor) -> tuple[str, str, type[Message]]:
 
 async def _identify(backend: Backend, context: Context, call: Call, cost: int = 1) -> Caller:
     """Finds out who calls, with a key or with a JWT of the issuer."""
-    if backend.login is None or not backend.login.takes(token := _bearer_token(context)):
+    if backend.login is None or not backend.login.takes(token := bearer_token(context)):
         return await _key_holder(backend, context, call, cost)
-    answer_by_s = _answer_by_s(context, backend.boottime())
+    answer_by_s = answer_due_s(context, backend.boottime())
     return await backend.login.caller(token, client_ip=call.peer, answer_by_s=answer_by_s, call=call)
 
 
 async def _key_holder(backend: Backend, context: Context, call: Call, cost: int) -> Caller:
     """Finds out who calls with a key. Who asks about others' tokens is not charged: it would be a limit on them all."""
     client_ip = peer_address(context.peer())
-    verdict = await backend.validator.validate(_bearer_token(context), client_ip=client_ip, cost=cost)
-    return caller_of(verdict, _answer_by_s(context, backend.boottime()), call)
-
-
-def _answer_by_s(context: Context, now_s: float) -> float:
-    """Gives until when an answer must be on its way to reach a caller that has a deadline."""
-    remaining_s: float | None = context.time_remaining()
-    if remaining_s is None:
-        return math.inf
-    return now_s + remaining_s - min(ANSWER_RESERVE_S, remaining_s * ANSWER_RESERVE_PART)
-
-
-class _Call:
-    """What the log line of one call says."""
-
-    def __init__(self, method: str, context: Context, start_s: float) -> None:
-        self._method = method
-        self._context = context
-        self._start_s = start_s
-        self._facts: dict[str, object] = {}
-        self.caller: Caller | None = None
-        self.reason = ""
-        self.code = grpc.StatusCode.OK
-        self._requests = 0
-
-    def seconds(self) -> float:
-        return perf_counter() - self._start_s
-
-    def count_request(self) -> None:
-        """Counts the requests of a stream."""
-        self._requests += 1
-        self._facts["requests"] = self._requests
-
-    def refuse(self, error: BaseException) -> status_pb2.Status | None:
-        """Gives the status that an error ends the call with; None for a call that is ended from outside."""
-        if isinstance(error, asyncio.CancelledError):
-            is_late = self._is_at_deadline()
-            self.code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
-            return None
-        if not isinstance(error, Exception):
-            self.code = grpc.StatusCode.UNKNOWN
-            return None
-        if is_listed(error):
-            self.code, self.reason = code_and_reason(error)
-            self._facts["reason"] = self.reason
-            return status_of(error)
-        self.code = grpc.StatusCode.INTERNAL
-        incident = secrets.token_hex(4)
-        # Not the error's text: it may hold what was sent, or what a row holds.
-        self._facts |= {"incident": incident, "error": type(error).__name__, "where": _where(error)}
-        return internal_status(incident)
-
-    def _is_at_deadline(self) -> bool:
-        """Says whether the caller's deadline is why the call is cancelled: grpc does not tell.
-
-        The caller gives up at its own deadline; the one that has reached the server is rounded up by about 1 %.
-        """
-        remaining_s: float | None = self._context.time_remaining()
-        return remaining_s is not None and remaining_s <= 0.005 + 0.02 * self.seconds()
-
-    def log(self) -> None:
-        """Writes the one line of the call."""
-        caller = self.caller
-        level = _log.error if self.code is grpc.StatusCode.INTERNAL else _log.info
-        level(
-            "call",
-            method=self._method,
-            code=self.code.name,
-            duration_ms=round(self.seconds() * 1000, 2),
-            peer=peer_address(self._context.peer()),
-            caller=caller.id if caller else None,
-            organization=caller.organization_id if caller else None,
-            request_id=caller.call.request_id if caller else None,
-            **self._facts,
-        )
-
-
-async def _abort(context: Context, status: status_pb2.Status) -> NoReturn:
-    """Ends a call with a status, by raising."""
-    # grpc.aio has no abort_with_status; the details travel in the trailer that it would have filled.
-    packed = rpc_status.to_status(status)
-    await context.abort(packed.code, packed.details, packed.trailing_metadata)
-    raise AssertionError("a call that is aborted does not go on")
-
-
-def _where(error: BaseException) -> list[str]:
-    """Gives the places in this package that an error came through, and the one where it was raised, innermost last."""
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [frame for frame in frames[:-1] if frame.filename.startswith(_PACKAGE)][-6:] + frames[-1:]
-    return [f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in places]
-
-
-def _bearer_token(context: Context) -> str:
-    """Gives the token of the `authorization` header (RFC 6750). Raises an UnauthenticatedError."""
-    values = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
-    if not values:
-        raise CredentialsMissingError("this method needs the metadata `authorization: Bearer <token>`")
-    scheme, _, token = str(values[0]).partition(" ")
-    if len(values) > 1 or scheme.lower() != _BEARER or not token.strip():
-        raise CredentialsInvalidError("the metadata must hold `authorization: Bearer <token>`, once")
-    return token.strip()
+    verdict = await backend.validator.validate(bearer_token(context), client_ip=client_ip, cost=cost)
+    return caller_of(verdict, answer_due_s(context, backend.boottime()), call)
