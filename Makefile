@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 BASELINE := protos/released.binpb
 IMAGE := build/contract.binpb
 # Tests that break things and watch how long it takes: one at a time, and nothing beside them.
-ALONE := tests/cluster tests/faults tests/contract/test_embedded_postgres.py tests/gateway/test_envoy_workers.py tests/process/test_renewal.py
+ALONE := tests/cluster tests/faults tests/gateway/test_envoy_workers.py tests/process/test_renewal.py
 
 .PHONY: help
 help: ## Print this list

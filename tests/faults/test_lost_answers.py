@@ -142,7 +142,7 @@ async def test_undeletion_lost(wired: RunningService, wire: FaultyWire, fault: C
 async def test_connection_lost_after_answer(wired: RunningService, wire: FaultyWire) -> None:
     """A change whose commit was answered is answered as done, though the connection is lost right after it."""
     created = await wired.create_key()
-    happened = wire.at_next_commit(CommitFault.CUT_NEXT)
+    happened = wire.at_next_commit(CommitFault.CUT_ANSWERED)
 
     # Without `active` a toggle turns the key off, and would on again if it were told to be repeated.
     answer = await wired.keys.ToggleKey(keys_pb.ToggleKeyRequest(key_id=created.key.id), metadata=wired.root)

@@ -17,7 +17,7 @@ from simulation.deployment import Simulation
 from simulation.mutants import FIRST_SEEDS, MUTANTS, mutated
 from simulation.world import WorkerLoop, World
 
-SEEDS = int(os.environ.get("SIM_SEEDS", "250"))
+SEEDS = int(os.environ.get("SIM_SEEDS", "150"))
 FIRST = int(os.environ.get("SIM_FIRST", "0"))
 BLOCK = 50
 MOST_SEEDS = 500

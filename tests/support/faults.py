@@ -32,8 +32,8 @@ class CommitFault(Enum):
     """The server has committed and answered; the connection is cut before the client hears of it."""
     SILENCE = auto()
     """The server has committed and answered; the client hears neither that nor anything else on this connection."""
-    CUT_NEXT = auto()
-    """The client hears that it is committed; the connection is cut at the next thing that it asks."""
+    CUT_ANSWERED = auto()
+    """The client hears that it is committed, and then the connection is cut."""
 
 
 @dataclass(eq=False, slots=True)
@@ -43,7 +43,6 @@ class _Link:
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter | None = None
     fault: CommitFault | None = None
-    is_answered: bool = False
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def cut(self) -> None:
@@ -154,9 +153,6 @@ class FaultyWire:
 
     async def _forward(self, link: _Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while chunk := await reader.read(_CHUNK):
-            if link.is_answered and link.fault is CommitFault.CUT_NEXT:
-                self._done()
-                return
             if self._armed and link.fault is None and _COMMIT in chunk:
                 if self._let_pass:
                     self._let_pass -= 1
@@ -177,7 +173,9 @@ class FaultyWire:
                     self._done()
                     break
                 await self._pass(chunk, link.client)
-                link.is_answered = link.fault is not None
+                if link.fault is CommitFault.CUT_ANSWERED:
+                    self._done()
+                    break
         link.cut()
 
     async def _pass(self, chunk: bytes, writer: asyncio.StreamWriter) -> None:

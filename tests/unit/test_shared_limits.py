@@ -12,8 +12,10 @@ from support.shared_limits import KEY, deployment
 bursts = st.lists(st.tuples(st.floats(0, 70), st.integers(1, 30), st.integers(0, 4)), max_size=25)
 
 
-@pytest.mark.parametrize("workers", [1, 5])
-@pytest.mark.parametrize(("limit", "cost"), [(1, 1), (10, 1), (60, 1), (600, 1), (60, 5), (600, 20)])
+@pytest.mark.parametrize(
+    ("limit", "cost", "workers"),
+    [(1, 1, 5), (10, 1, 1), (60, 1, 1), (60, 1, 5), (600, 1, 1), (600, 1, 5), (60, 5, 5), (600, 20, 1)],
+)
 def test_constant_overload(limit: int, cost: int, workers: int) -> None:
     """Under constant overload of all workers no sliding minute admits more than 1.05 of the limit and one request for
     each worker, and at least 0.95 of the limit is admitted; what is refused is refused from memory.
