@@ -39,8 +39,12 @@ run: $(STAMP) ## Start the service with its embedded database, and show a key's 
 .PHONY: test
 test: export PYTHONDONTWRITEBYTECODE :=
 test: $(STAMP) ## Run the tests against a real PostgreSQL that they start themselves
-	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	@$(BIN)/python -m pytest -q -m "not bench" --numprocesses auto --maxprocesses 4 --dist loadfile $(addprefix --ignore=,$(ALONE))
 	@$(BIN)/python -m pytest -q $(ALONE)
+
+.PHONY: test-bench
+test-bench: $(STAMP) ## Run the tests of the benchmarks as wholes, which `make test` leaves out: they take both cores
+	@$(BIN)/python -m pytest -q -m bench tests/bench
 
 .PHONY: faults
 faults: $(STAMP) ## Break a cluster of real processes in every way, for 15 minutes; writes docs/reliability.md

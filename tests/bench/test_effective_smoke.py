@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import pytest
+
 from bench.histogram import draw
 
 RUN = Path(__file__).with_name("effective.py")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
+@pytest.mark.bench
 def test_a_run_gives_figures_for_each_number_of_workers(postgres_url: str) -> None:
     """A run measures services of one worker and of several, and demands that each revocation holds everywhere."""
     command = [sys.executable, str(RUN), "--workers", "1,2", "--rounds", "1", "--changes", "3"]

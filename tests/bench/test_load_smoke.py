@@ -56,6 +56,7 @@ def _page(name: str, postgres_url: str, folder: Path, *arguments: str) -> str:
     return " ".join(output.read_text().split())
 
 
+@pytest.mark.bench
 @needs_h2load
 @needs_two_cores
 def test_workers_are_compared(postgres_url: str, tmp_path: Path) -> None:
@@ -68,6 +69,7 @@ def test_workers_are_compared(postgres_url: str, tmp_path: Path) -> None:
     assert ("The load had no core of its own" in page) == (len(os.sched_getaffinity(0)) == 2)
 
 
+@pytest.mark.bench
 @needs_h2load
 @needs_two_cores
 def test_settings_are_compared(postgres_url: str, tmp_path: Path) -> None:
@@ -81,6 +83,7 @@ def test_settings_are_compared(postgres_url: str, tmp_path: Path) -> None:
     assert "Others ran." in page
 
 
+@pytest.mark.bench
 @needs_h2load
 @needs_two_cores
 def test_floods_are_measured(postgres_url: str, tmp_path: Path) -> None:
@@ -94,6 +97,7 @@ def test_floods_are_measured(postgres_url: str, tmp_path: Path) -> None:
     assert "Lookups amid tokens of our form with a wrong tag, 2 connections: 0 a second; allowed: none: kept." in page
 
 
+@pytest.mark.bench
 def test_memory_is_measured(postgres_url: str, tmp_path: Path) -> None:
     """Workers with different numbers of keys are measured, and the page says what a key takes."""
     page = _page("memory.py", postgres_url, tmp_path, "--keys", "100,2000")

@@ -61,6 +61,7 @@ def _rows(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO((folder / "soak.csv").read_text())))
 
 
+@pytest.mark.bench
 def test_a_soak_ends_by_itself_and_says_what_it_saw(postgres_url: str, tmp_path: Path) -> None:
     """A soak ends after its time, with samples of both workers, a page, a picture, and no wrong answer."""
     with _soak(tmp_path, postgres_url, "--minutes", "0.06") as process:
@@ -80,6 +81,7 @@ def test_a_soak_ends_by_itself_and_says_what_it_saw(postgres_url: str, tmp_path:
     assert (tmp_path / "soak.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_soak_that_is_stopped_tells_what_it_has(postgres_url: str, tmp_path: Path, number: signal.Signals) -> None:
     """SIGTERM and Ctrl-C end a soak in order, with the samples and the page of what was seen until then."""
