@@ -98,6 +98,7 @@ async def test_a_run_writes_a_page_and_leaves_nothing_behind(postgres_url: str, 
     assert [] == await _databases(postgres_url)
 
 
+@pytest.mark.bench
 @needs_h2load
 @needs_two_cores
 async def test_ctrl_c_ends_all_that_was_started(postgres_url: str) -> None:

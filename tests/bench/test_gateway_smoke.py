@@ -21,6 +21,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.bench
 def test_every_guard_is_measured(postgres_url: str, tmp_path: Path) -> None:
     """Envoy alone, its own filter, and latchgate over gRPC and HTTP let good requests through, and are on the page."""
     output = tmp_path / "page.md"
