@@ -265,12 +265,18 @@ def _kept(limit: int, times_s: list[float]) -> tuple[str, ...]:
     times_s.sort()
     sums = [0, *accumulate(1 for _ in times_s)]
     most = max(sums[bisect_left(times_s, time_s + MINUTE_S)] - sums[number] for number, time_s in enumerate(times_s))
-    # From the last one of a limit's worth to the last one of another.
-    cycles = (len(times_s) - 1 - limit - WORKERS) // limit
-    part = (
-        MINUTE_S * cycles / (times_s[limit + WORKERS + cycles * limit] - times_s[limit + WORKERS]) if cycles > 0 else 0
-    )
+    part = _part(limit, times_s)
     return f"{limit:,}", f"{most:,}", f"{int(limit * 1.05) + WORKERS:,}", f"{part:.3f}" if part else "-"
+
+
+def _part(limit: int, times_s: Sequence[float]) -> float:
+    """Gives what was admitted of a limit in whole minutes after the first; 0 if there is no such minute."""
+    begin_s = times_s[0] + MINUTE_S
+    minutes = int((times_s[-1] - begin_s) / MINUTE_S)
+    if minutes < 1:
+        return 0.0
+    admitted = bisect_left(times_s, begin_s + minutes * MINUTE_S) - bisect_left(times_s, begin_s)
+    return admitted / (minutes * limit)
 
 
 def _page(takes: Rows, loads: Rows, overload: Rows, version: str) -> str:
