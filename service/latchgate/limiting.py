@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final, Protocol
 
 import structlog
@@ -57,9 +58,11 @@ class SharedLimiter:
         self._store = store
         self._clock = clock
         self._observer = observer
-        self.allotments = Allotments(clock, stands_after_s=clock() + SETTLE_S)
+        self._stirred = asyncio.Event()
+        self.allotments = Allotments(clock, stands_after_s=clock() + SETTLE_S, stirred=self._stirred.set)
         # Nothing stands between a call and what it is counted by.
         self.take = self.allotments.take
+        self.permits = self.allotments.permits
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._wake = asyncio.Event()
         # When everything is sent next, and what calls wait for at the soonest.
@@ -116,7 +119,7 @@ class SharedLimiter:
         self._wake.clear()
         now_s = self._clock()
         if is_tick:
-            self._tick_s = now_s + random.uniform(*TICK_S)  # noqa: S311 - to spread, not to hide
+            self._tick_s = now_s + _pause_s()
             asks = self.allotments.asks()
         else:
             asks = self.allotments.asks(list(self._waiting))
@@ -128,7 +131,13 @@ class SharedLimiter:
             asks = asks[MAX_BATCH:]
 
     async def _is_tick_next(self) -> bool:
-        """Waits for what comes first: the next tick, or a call that waits."""
+        """Waits for what comes first: a call that waits, or the next tick, if there is anything to send."""
+        self._stirred.clear()
+        if self.allotments.is_idle:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(self._heard_s + HEAR_S - self._clock(), 0)):
+                    await self._stirred.wait()
+            self._tick_s = self._clock() + _pause_s()
         left_s = self._tick_s - self._clock()
         if left_s <= 0:
             return True
@@ -203,3 +212,8 @@ class SharedLimiter:
         for told in waiting.values():
             if not told.done():
                 told.set_result(None)
+
+
+def _pause_s() -> float:
+    """Draws how long it is to the next tick."""
+    return random.uniform(*TICK_S)  # noqa: S311 - to spread, not to hide

@@ -105,7 +105,7 @@ def compare_notes(rounds: int) -> Rows:
     """Measures what taking note of a VALID answer adds to it in one process, in alternating rounds."""
     records = [replace(KEY_RECORD, secret_id=number) for number in range(KEYS)]
     now_s = time.time()
-    ways: dict[str, tuple[Callable[[], Callable[[KeyRecord, float], None]], int]] = {
+    ways: dict[str, tuple[Callable[[], Callable[[KeyRecord, float], object]], int]] = {
         "nothing but the call": (lambda: _Nothing().used, TURNS),
         "the time alone, as it was before": (lambda: _TimesAlone().used, TURNS),
         "time and count": (lambda: UsageBuffer(_unused()).used, TURNS),

@@ -92,14 +92,14 @@ async def test_time_never_goes_back(database: Database, store: PostgresStore, ob
     """An earlier time changes nothing: not in memory, and not when another worker has written a later one."""
     (secret_id,) = await _secrets(store, observer, 1)
     usage, other = UsageBuffer(database), UsageBuffer(database)
+    usage.used(of(secret_id), NOON_S + 1)
     usage.used(of(secret_id), NOON_S)
-    usage.used(of(secret_id), NOON_S - 1)
     await usage.flush()
-    assert [NOON] == await _times(observer)
+    assert [NOON + SECOND] == await _times(observer)
 
-    other.used(of(secret_id), NOON_S - 1)
+    other.used(of(secret_id), NOON_S)
     await other.flush()
-    assert [NOON] == await _times(observer)
+    assert [NOON + SECOND] == await _times(observer)
 
 
 async def test_secret_that_is_gone_is_passed_over(
@@ -274,3 +274,27 @@ async def test_flush_does_not_wait_for_the_disk(database: Database, store: Postg
     assert ["off"] == [row["value"] for row in await observer.fetch("SELECT value FROM setting")]
     async with database.connection() as connection:
         assert "local" == await connection.fetchval("SHOW synchronous_commit")
+
+
+async def test_uses_that_are_counted_in_place_are_written_once(
+    database: Database, store: PostgresStore, observer: Connection
+) -> None:
+    """What is counted in what `used` gave is written with the rest; from a flush on, or an hour's end, it says that no
+    more is to be counted in it.
+    """
+    (secret_id,) = await _secrets(store, observer, 1)
+    usage = UsageBuffer(database)
+    uses = usage.used(of(secret_id), NOON_S)
+    assert uses.until_s == NOON_S + usage_module.HOUR_S
+    uses.valid += 2
+    uses.used_s = NOON_S + 1
+
+    await usage.flush()
+
+    assert uses.until_s < NOON_S
+    assert [NOON + SECOND] == await _times(observer)
+    assert 3 == await observer.fetchval("SELECT sum(count) FROM usage_by_secret")
+    again = usage.used(of(secret_id), NOON_S + 2)
+    assert again is not uses
+    await usage.flush()
+    assert 4 == await observer.fetchval("SELECT sum(count) FROM usage_by_secret")

@@ -12,6 +12,7 @@ from uuid import UUID
 
 from latchgate.domain.coherence import Entity
 from latchgate.domain.errors import RevisionUnknownError, UnavailableError
+from latchgate.domain.model import Verdict
 from latchgate.domain.validation import Need
 from latchgate.storage.link import Link
 from simulation.database import CHANGE, EXPIRING_KEY, TOKEN_KEYS, UNKNOWN_TOKENS, Change, Database
@@ -142,7 +143,9 @@ class Simulation:
         try:
             # As latchgate.rpc does: from memory in one go if that will do.
             recalled = worker.validator.recall(question.token.encode(), Need.of((), "", 1, min_revision))
-            verdict = recalled or await worker.validator.validate(question.token, min_revision=min_revision)
+            verdict = Verdict._make(
+                recalled or await worker.validator.validate(question.token, min_revision=min_revision)
+            )
         except (UnavailableError, RevisionUnknownError) as error:
             problem = error
         finally:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from latchgate.domain.cache import KeyCache
 from latchgate.domain.coherence import CLOCK_DRIFT, Coherence, LeaseTerms, Reading
-from latchgate.domain.model import KeyIdentity, KeyRecord, Lookup, Outcome
+from latchgate.domain.model import NO_USES, KeyIdentity, KeyRecord, Lookup, Outcome, Uses
 from latchgate.domain.suspicion import SuspicionCounter
 from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
 from latchgate.storage.coherence import Membership
@@ -126,8 +126,9 @@ class Worker:
     def failed(self, size: int) -> None:
         """Is told of a lookup that failed."""
 
-    def used(self, record: KeyRecord, now_s: float) -> None:
+    def used(self, _record: KeyRecord, _now_s: float) -> Uses:
         """Is told of a use."""
+        return NO_USES
 
     def refused(self, record: KeyRecord, outcome: Outcome, now_s: float) -> None:
         """Is told of a refusal."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from latchgate.domain.errors import StorageUnavailableError
-from latchgate.domain.model import RateState
+from latchgate.domain.model import NO_PERMITS, Permits, RateState
 from latchgate.domain.ports import RateAnswer, RateAsk, RateTold
 from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.shares import WINDOW_SLOTS
@@ -69,6 +69,10 @@ class CountingAlone(WindowLimiter):
     def take(self, key_id: str, limit: int, cost: int) -> RateState:
         """Always knows."""
         return super().take(key_id, limit, cost)
+
+    def permits(self, key_id: str) -> Permits:  # noqa: ARG002 - the same for all
+        """Has every request counted by `take`."""
+        return NO_PERMITS
 
     async def wait(self, key_id: str, limit: int, cost: int) -> None:
         """Is never called."""

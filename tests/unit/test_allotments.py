@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 from latchgate.domain.allotments import Allotments
-from latchgate.domain.model import RateState
+from latchgate.domain.model import NO_PERMITS, RateState
 from latchgate.domain.ports import RateAsk
 from latchgate.domain.shares import LIFE_S, WINDOW_SLOTS
 from support.limits import MemoryRateStore
@@ -353,3 +356,66 @@ def test_standing_permits() -> None:
     bench.take()
     bench.exchange()
     assert told >= bench.used
+
+
+def test_permits_of_a_key_that_is_forgotten_admit_nothing() -> None:
+    """Whoever still has what a key was counted in finds nothing left in it once the key is forgotten: counted anew, it
+    is given what it may use all over.
+    """
+    clock = ManualClock(1000.25)
+    allotments = Allotments(clock, 2, stands_after_s=0.0)
+    assert NO_PERMITS is allotments.permits(KEY)
+    assert allotments.take(KEY, 6000, 1) is not None
+    permits = allotments.permits(KEY)
+    assert (100 - 1, 1) == (permits.left, permits.used)
+    assert permits.until_s > clock()
+    for number in range(4):
+        assert allotments.take(f"another_{number}", 6000, 1) is not None
+    assert NO_PERMITS is allotments.permits(KEY)
+    assert 0 == permits.left
+    assert permits.until_s < clock()
+
+
+def test_it_is_told_when_there_is_something_again() -> None:
+    """Who sends what there is may sleep while there is nothing: it is told of the first that comes, not of each."""
+    told: list[str] = []
+    clock = ManualClock(1000.25)
+    store = MemoryRateStore(clock)
+    allotments = Allotments(clock, stirred=lambda: told.append("stirred"))
+    assert allotments.is_idle
+    for key_id in (KEY, "key_2"):
+        assert allotments.take(key_id, 10, 1) is not None
+    assert (["stirred"], False) == (told, allotments.is_idle)
+    for _ in range(2):
+        asks = allotments.asks()
+        allotments.hear(asks, store.step(asks), clock())
+    assert (["stirred"], True) == (told, allotments.is_idle)
+    clock.advance(1)
+    assert allotments.take(KEY, 10, 1) is not None
+    assert ["stirred"] * 2 == told
+
+
+def test_far_from_the_limit_more_is_asked_at_a_time() -> None:
+    """A key far from its limit is asked for less often than one near it, and gives back what has expired with what it
+    asks next; near the limit that goes back at once.
+    """
+    (far, far_back), (near, near_back) = asks_of_some_minutes(10_000), asks_of_some_minutes(600)
+    assert far < 0.6 * near
+    assert far_back < 10 < near_back
+
+
+def asks_of_some_minutes(limit: int) -> tuple[int, int]:
+    """Uses a key nine times a second, unevenly; gives how many asks that took, and how many only gave back."""
+    clock, rng = ManualClock(1000.25), random.Random(1)  # noqa: S311 - not to hide anything
+    store, allotments = MemoryRateStore(clock), Allotments(clock, stands_after_s=math.inf)
+    asks = back = 0
+    for _ in range(3 * 60 * 20):
+        clock.advance(0.05)
+        for _ in range(rng.choice((0, 0, 0, 0, 1, 1, 2))):
+            if allotments.take(KEY, limit, 1) is None:
+                allotments.need(KEY, limit, 1)
+        sent = allotments.asks()
+        allotments.hear(sent, store.step(sent), clock())
+        asks += len(sent)
+        back += sum(1 for ask in sent if ask.back and not ask.wanted and not ask.charged)
+    return asks, back

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from latchgate.limiting import PATIENCE_S
+from latchgate.domain.ports import RateAsk
+from latchgate.limiting import HEAR_S, PATIENCE_S, TICK_S
 from support.shared_limits import KEY, deployment
 
 bursts = st.lists(st.tuples(st.floats(0, 70), st.integers(1, 30), st.integers(0, 4)), max_size=25)
@@ -188,3 +191,29 @@ def test_workers_that_follow_upon_others() -> None:
         deployed.run(101.0)
         assert limit < deployed.total(40.0, 100.0)
         assert deployed.most_in_a_minute() <= 1.05 * limit + 2 * workers
+
+
+def test_a_worker_with_nothing_to_send_sleeps() -> None:
+    """Without requests nothing is looked through but when the store is asked how many workers there are; a request is
+    reported within a tick after all.
+    """
+    with deployment(1, workers=1) as deployed:
+        (worker,) = deployed.workers
+        looks: list[float] = []
+        allotments = worker.limiter.allotments
+        asks = allotments.asks
+
+        def noted(key_ids: Sequence[str] | None = None) -> list[RateAsk]:
+            looks.append(deployed.world.now_s)
+            return asks(key_ids)
+
+        allotments.asks = noted  # type: ignore[method-assign]
+        deployed.run(60)
+        assert 60 / HEAR_S - 3 <= len(looks) <= 60 / HEAR_S + 1
+        worker.request(10)
+        deployed.run(60 + TICK_S[1] + 0.01)
+        assert deployed.world.now_s - looks[-1] < TICK_S[1]
+        assert 1 == sum(deployed.store.windows[KEY].values())
+        before = len(looks)
+        deployed.run(200)
+        assert len(looks) - before <= 140 / HEAR_S + 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
 from itertools import combinations
 from pathlib import Path
@@ -13,14 +13,29 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from latchgate.domain.allotments import Allotments
 from latchgate.domain.errors import (
     InvalidFieldError,
     LookupBudgetError,
     RevisionUnknownError,
     StorageUnavailableError,
 )
-from latchgate.domain.model import Environment, KeyRecord, KeyType, Lookup, Outcome, RateState, Verdict
+from latchgate.domain.model import (
+    NO_PERMITS,
+    NO_USES,
+    Environment,
+    Found,
+    KeyRecord,
+    KeyType,
+    Lookup,
+    Outcome,
+    Permits,
+    RateState,
+    Uses,
+    Verdict,
+)
 from latchgate.domain.rules import normal_cidrs
+from latchgate.domain.shares import WINDOW_SLOTS
 from latchgate.domain.suspicion import Suspect, SuspicionCounter
 from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.validation import ForeignLookupBudget, Need, Patience, Validator, fingerprint
@@ -91,6 +106,7 @@ class ScriptedLimiter:
         self.hesitations = 0
         self.waited: list[tuple[str, int, int]] = []
         self.meanwhile: Callable[[], None] = lambda: None
+        self.given: dict[str, Permits] = {}
 
     async def wait(self, key_id: str, limit: int, cost: int) -> None:
         """Comes back when what happens meanwhile has happened."""
@@ -105,6 +121,10 @@ class ScriptedLimiter:
         self.asked.append((key_id, limit, cost))
         return RateState(allowed=self.allowed, limit=limit, remaining=3, reset_after_s=4)
 
+    def permits(self, key_id: str) -> Permits:
+        """Gives what it was told of the key, if anything; else all requests are counted here."""
+        return self.given.get(key_id, NO_PERMITS)
+
 
 class MemoryUsage:
     """Keeps what is recorded: uses, and refusals."""
@@ -112,10 +132,13 @@ class MemoryUsage:
     def __init__(self) -> None:
         self.recorded: list[tuple[int, float]] = []
         self.refusals: list[tuple[int, Outcome, float]] = []
+        # What is to be counted in after each use that is recorded here.
+        self.given = NO_USES
 
-    def used(self, record: KeyRecord, now_s: float) -> None:
+    def used(self, record: KeyRecord, now_s: float) -> Uses:
         """Takes note."""
         self.recorded.append((record.secret_id, now_s))
+        return self.given
 
     def refused(self, record: KeyRecord, outcome: Outcome, now_s: float) -> None:
         """Takes note."""
@@ -136,10 +159,10 @@ class ScriptedMemory:
         """Tells the scene's time."""
         return self.clock()
 
-    def find(self, fingerprint: bytes, min_revision: int) -> Lookup | None:
+    def find(self, fingerprint: bytes, min_revision: int) -> Found | None:
         """Gives what it was told, if there is anything."""
         self.asked.append((fingerprint, min_revision))
-        return self.known
+        return (*self.known, self.clock()) if self.known else None
 
     def keep(self, fingerprint: bytes, lookup: Lookup, *, sent_s: float) -> None:
         """Takes note."""
@@ -876,7 +899,7 @@ async def test_what_is_recalled_is_what_would_be_found(outcomes: tuple[Outcome, 
     recalled.memory.known = found.memory.known = known
     verdict = recalled.validator.recall(TOKEN.encode(), Need.of(NEEDED, CLIENT_IP, 5, REVISION))
     assert verdict is not None
-    assert outcomes[:1] == (() if verdict.outcome is Outcome.VALID else (verdict.outcome,))
+    assert outcomes[:1] == (() if verdict[0] is Outcome.VALID else verdict[:1])
     assert verdict == await found.validator.validate(
         TOKEN, required_permissions=NEEDED, client_ip=CLIENT_IP, cost=5, min_revision=REVISION
     )
@@ -1001,4 +1024,170 @@ def test_address_of_a_key_that_is_bound_to_networks() -> None:
     scene.memory.known = Lookup(replace(RECORD, networks=()), NOW_S, REVISION)
     verdict = scene.validator.recall(TOKEN.encode(), need)
     assert verdict is not None
-    assert Outcome.VALID is verdict.outcome
+    assert Outcome.VALID is verdict[0]
+
+
+SPARE = 7
+GOOD_FOR_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A scene with a key of a limit that was used once, and what its next uses are counted in."""
+
+    scene: Scene
+    record: KeyRecord
+    permits: Permits
+    uses: Uses
+
+    def recall(self, cost: int = 1) -> Verdict:
+        """Has the token judged from memory."""
+        judgement = self.scene.validator.recall(TOKEN.encode(), Need.of(NEEDED, "", cost, 0))
+        assert judgement is not None
+        return Verdict._make(judgement)
+
+    def is_counted_in_place(self, cost: int = 1) -> bool:
+        """Has the token judged, and says whether the limiter was asked."""
+        asked = len(self.scene.limiter.asked)
+        self.recall(cost)
+        return len(self.scene.limiter.asked) == asked
+
+
+def counted(*, left: int = SPARE, used: int = 20) -> Counted:
+    """Uses a key once, whose permits are good for some seconds of the worker's clock, as its uses of the database's."""
+    scene, record = Scene(), replace(RECORD, networks=())
+    scene.memory.known = Lookup(record, NOW_S, REVISION)
+    permits, uses = Permits(), Uses(NOW_S + GOOD_FOR_S)
+    permits.left, permits.used, permits.until_s = left, used, scene.clock() + GOOD_FOR_S
+    scene.limiter.given[record.key_id], scene.usage.given = permits, uses
+    made = Counted(scene, record, permits, uses)
+    made.recall()
+    assert ([(record.key_id, 60, 1)], [(record.secret_id, NOW_S)]) == (scene.limiter.asked, scene.usage.recorded)
+    return made
+
+
+def test_use_is_counted_in_place() -> None:
+    """A key that has permits is charged and counted without the limiter and the recorder: what it costs, once."""
+    key = counted()
+    for number in range(1, SPARE + 1):
+        key.scene.memory.known = Lookup(key.record, NOW_S + number / 10, REVISION)
+        rate = RateState(allowed=True, limit=60, remaining=60 - 20 - number, reset_after_s=WINDOW_SLOTS)
+        assert Verdict(Outcome.VALID, REVISION, NOW_S + number / 10, key.record, rate) == key.recall()
+        assert (SPARE - number, 20 + number) == (key.permits.left, key.permits.used)
+        assert (number, NOW_S + number / 10) == (key.uses.valid, key.uses.used_s)
+    assert (1, 1) == (len(key.scene.limiter.asked), len(key.scene.usage.recorded))
+
+
+def test_cost_is_charged_in_place() -> None:
+    """A request is charged all that it costs; one of no cost nothing, though it is a use."""
+    key = counted()
+    assert [(True, 60, 36, WINDOW_SLOTS)] * 2 == [key.recall(4).rate, key.recall(0).rate]
+    assert (SPARE - 4, 24, 2) == (key.permits.left, key.permits.used, key.uses.valid)
+
+
+def test_time_of_use_does_not_go_back() -> None:
+    """An answer that is overtaken by another leaves the later time."""
+    key = counted()
+    key.recall()
+    key.scene.memory.known = Lookup(key.record, NOW_S - 1, REVISION)
+    key.recall()
+    assert (2, NOW_S) == (key.uses.valid, key.uses.used_s)
+
+
+def test_limiter_is_asked_where_permits_do_not_do() -> None:
+    """Without as many permits as it takes, beyond the limit, or once they have expired, the limiter has the word."""
+    assert counted().is_counted_in_place(SPARE)
+    assert not counted().is_counted_in_place(SPARE + 1)
+    assert counted(left=100, used=20).is_counted_in_place(40)
+    assert not counted(left=100, used=20).is_counted_in_place(41)
+    late = counted()
+    late.scene.clock.advance(GOOD_FOR_S - INSTANT_S)
+    assert late.is_counted_in_place()
+    late.scene.clock.advance(INSTANT_S)
+    assert not late.is_counted_in_place()
+    assert (SPARE - 1, 21) == (late.permits.left, late.permits.used)
+
+
+def test_what_the_limiter_refuses_in_the_end_is_refused() -> None:
+    """Whoever has no permits left is told what the limiter says."""
+    key = counted(left=0)
+    key.scene.limiter.allowed = False
+    assert Outcome.RATE_LIMITED is key.recall().outcome
+    assert [(key.record.secret_id, Outcome.RATE_LIMITED, NOW_S)] == key.scene.usage.refusals
+    assert 0 == key.uses.valid
+
+
+def test_use_is_recorded_anew_when_its_time_is_over() -> None:
+    """From the end of what uses are counted in on, the recorder is asked what the next ones are counted in."""
+    key = counted()
+    key.scene.memory.known = Lookup(key.record, NOW_S + GOOD_FOR_S - INSTANT_S, REVISION)
+    key.recall()
+    assert (1, 1) == (key.uses.valid, len(key.scene.usage.recorded))
+    later = key.scene.usage.given = Uses(NOW_S + 2 * GOOD_FOR_S)
+    key.scene.memory.known = Lookup(key.record, NOW_S + GOOD_FOR_S, REVISION)
+    key.recall()
+    key.recall()
+    assert (1, 1, 2) == (key.uses.valid, later.valid, len(key.scene.usage.recorded))
+    assert 1 == len(key.scene.limiter.asked)
+
+
+@pytest.mark.parametrize("outcome", ORDER[1:-1])
+def test_what_is_wrong_with_a_key_is_found_however_it_is_counted(outcome: Outcome) -> None:
+    """That its uses are counted in place lets no key through that is not good by now, and charges it nothing."""
+    key = counted()
+    wrong = AFFLICTIONS[outcome](key.record)
+    wrong.count_in(permits=key.permits, uses=key.uses)
+    key.scene.memory.known = Lookup(wrong, NOW_S, REVISION)
+    assert outcome is key.recall().outcome
+    assert (SPARE, 20, 0) == (key.permits.left, key.permits.used, key.uses.valid)
+    assert [outcome] == [each for _, each, _ in key.scene.usage.refusals]
+
+
+class CountedShares:
+    """Implements Limiter over shares, without a store."""
+
+    def __init__(self, allotments: Allotments) -> None:
+        self.take = allotments.take
+        self.permits = allotments.permits
+
+    async def wait(self, key_id: str, limit: int, cost: int) -> None:
+        """Is not waited for here."""
+
+
+steps = st.lists(
+    st.tuples(st.just("ask"), st.integers(0, 4)) | st.tuples(st.just("wait"), st.floats(0.01, 40)), max_size=60
+)
+
+
+@given(steps=steps, limit=st.sampled_from([0, 30, 600, 1200]))
+async def test_counting_in_place_comes_to_the_same(steps: list[tuple[str, float]], limit: int) -> None:
+    """Over any time, what is recalled is admitted and charged like what the limiter is asked for each time."""
+    clock, memory_clock = ManualClock(), ManualClock()
+    record, other = (replace(RECORD, networks=(), rate_limit_per_minute=limit) for _ in range(2))
+    worlds = [Allotments(clock, 4, stands_after_s=0), Allotments(clock, 4, stands_after_s=0)]
+    scene = Scene()
+    recalling, asking = (
+        Validator(
+            tokens=TOKENS,
+            keys=scene.reader,
+            memory=scene.memory,
+            limiter=CountedShares(world),
+            usage=scene.usage,
+            foreign=scene.foreign,
+            patience=Patience(clock),
+            suspicion=scene.suspicion,
+        )
+        for world in worlds
+    )
+    scene.memory.clock = memory_clock
+    for kind, number in steps:
+        if kind == "wait":
+            clock.advance(number)
+            memory_clock.advance(number)
+            continue
+        scene.memory.known = Lookup(record, NOW_S, REVISION)
+        recalled = recalling.recall(TOKEN.encode(), Need.of(NEEDED, "", int(number), 0))
+        other.count_in(permits=NO_PERMITS)
+        scene.memory.known = Lookup(other, NOW_S, REVISION)
+        asked = asking.recall(TOKEN.encode(), Need.of(NEEDED, "", int(number), 0))
+        assert recalled == asked

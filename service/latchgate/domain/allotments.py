@@ -27,20 +27,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from math import ceil
 from typing import Final
 
-from latchgate.domain.model import RateState
+from latchgate.domain.model import NO_PERMITS, Permits, RateState
 from latchgate.domain.ports import RateAnswer, RateAsk
 from latchgate.domain.ratelimit import MAX_CHANCES, MAX_KEYS, WindowLimiter
 from latchgate.domain.shares import NEVER, WINDOW_SLOTS, Share
 
 # How old what is known may be to tell where a key stands.
 FRESH_S: Final = 1.0
-
-# What the class itself does, without a call of Python's own for each.
-_state = partial(tuple.__new__, RateState)
 
 
 class Allotments:
@@ -49,10 +45,18 @@ class Allotments:
     Says None where memory can not say; `need` then has the store asked.
     """
 
-    def __init__(self, clock: Callable[[], float], max_keys: int = MAX_KEYS, *, stands_after_s: float = NEVER) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        max_keys: int = MAX_KEYS,
+        *,
+        stands_after_s: float = NEVER,
+        stirred: Callable[[], object] = lambda: None,
+    ) -> None:
         """Takes a clock in seconds that never goes back, and goes on while the machine is suspended.
 
-        Standing permits are taken from `stands_after_s` on: when all workers have heard how many they are.
+        Standing permits are taken from `stands_after_s` on: when all workers have heard how many they are. `stirred` is
+        called when there is something to ask or to report again.
         """
         self._clock = clock
         self._stands_after_s = stands_after_s
@@ -60,6 +64,7 @@ class Allotments:
         self._shares: OrderedDict[str, Share] = OrderedDict()
         self._find = self._shares.get
         self._active: dict[str, Share] = {}
+        self._stirred = stirred
         self._alone = WindowLimiter(clock, max_keys)
         self._lost_s = NEVER
         # How many workers share the limits, as the store has last told.
@@ -70,32 +75,38 @@ class Allotments:
     def __len__(self) -> int:
         return len(self._shares)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to ask or to report, until `stirred` is called."""
+        return not self._active
+
     def take(self, key_id: str, limit: int, cost: int) -> RateState | None:
         """Charges `cost` to the key if it fits within `limit` requests a minute; a refused cost is not charged.
 
-        None, and nothing is charged, if only the store can say. Nearly all calls end in the first lines.
+        None, and nothing is charged, if only the store can say.
         """
         now_s = self._clock()
-        share = self._find(key_id)
-        if share is not None and share.left >= cost and share.until_s > now_s:
-            used = share.used + cost
-            if used <= limit:
-                share.used = used
-                share.left -= cost
-                return _state((True, limit, limit - used, WINDOW_SLOTS))
-        return self._look_closely(share or self._open(key_id, now_s), limit, cost, now_s)
+        share = self._find(key_id) or self._open(key_id, now_s)
+        permits = share.permits
+        if permits.left >= cost and permits.until_s > now_s and permits.used + cost <= limit:
+            permits.used += cost
+            permits.left -= cost
+            return RateState(allowed=True, limit=limit, remaining=limit - permits.used, reset_after_s=WINDOW_SLOTS)
+        return self._look_closely(share, limit, cost, now_s)
 
     def _look_closely(self, share: Share, limit: int, cost: int, now_s: float) -> RateState | None:
         if limit != share.limit:
             share.limit = limit
             share.lacking = 0
         share.age(now_s)
-        if cost > share.left and now_s >= self._stands_after_s:
+        if cost > share.permits.left and now_s >= self._stands_after_s:
             share.stand(limit, self.workers, now_s)
-        if cost <= share.left and cost and share.used + cost <= limit:
-            share.used += cost
-            share.left -= cost
-            return _state((True, limit, limit - share.used, WINDOW_SLOTS))
+        if cost <= share.permits.left and cost and share.permits.used + cost <= limit:
+            share.permits.used += cost
+            share.permits.left -= cost
+            return RateState(
+                allowed=True, limit=limit, remaining=limit - share.permits.used, reset_after_s=WINDOW_SLOTS
+            )
         if self.is_alone:
             return self._take_alone(share, limit, cost)
         if not cost or cost > limit:
@@ -107,32 +118,40 @@ class Allotments:
 
     def _take_on_debt(self, share: Share, limit: int, cost: int, now_s: float) -> RateState | None:
         """Admits one request that will be reported, unless another one is to be, or the store has to be asked."""
-        if cost > 1 or share.debt or share.waiting or now_s < share.free_after_s or share.used >= limit:
+        if cost > 1 or share.debt or share.waiting or now_s < share.free_after_s or share.permits.used >= limit:
             return None
         share.debt = 1
-        share.used += 1
+        share.permits.used += 1
         self._activate(share)
-        return _state((True, limit, limit - share.used, WINDOW_SLOTS))
+        return RateState(allowed=True, limit=limit, remaining=limit - share.permits.used, reset_after_s=WINDOW_SLOTS)
 
     def _refuse(self, share: Share, limit: int, cost: int, now_s: float) -> RateState:
         share.lacking = min(cost, share.lacking or cost)
         share.refused += cost
         self._activate(share)
-        return _state((False, limit, max(limit - share.used, 0), share.fits_after_s(cost, limit, now_s)))
+        reset_after_s = share.fits_after_s(cost, limit, now_s)
+        return RateState(
+            allowed=False, limit=limit, remaining=max(limit - share.permits.used, 0), reset_after_s=reset_after_s
+        )
 
     def _take_alone(self, share: Share, limit: int, cost: int) -> RateState:
         """Keeps the worker's fair share, in which at least one request fits."""
         if share.lost_s != self._lost_s:
             share.lost_s = self._lost_s
             # Of what was used before, its part.
-            self._alone.charge(share.key_id, ceil(share.used / self.workers))
+            self._alone.charge(share.key_id, ceil(share.permits.used / self.workers))
         part = max(limit // self.workers, min(cost, limit), 1)
         allowed, _, remaining, reset_after_s = self._alone.take(share.key_id, part, cost)
         if allowed and cost:
             share.debt += cost
-            share.used += cost
+            share.permits.used += cost
             self._activate(share)
-        return _state((allowed, limit, remaining, reset_after_s))
+        return RateState(allowed=allowed, limit=limit, remaining=remaining, reset_after_s=reset_after_s)
+
+    def permits(self, key_id: str) -> Permits:
+        """Gives what the key's requests can be counted in, once `take` has admitted one."""
+        share = self._find(key_id)
+        return share.permits if share else NO_PERMITS
 
     def need(self, key_id: str, limit: int, cost: int) -> None:
         """Has the store asked for a request that waits for it."""
@@ -154,7 +173,7 @@ class Allotments:
             ask = share.ask(now_s)
             if ask is not None:
                 asks.append(ask)
-            elif share.left == share.standing() and not share.lacking:
+            elif share.permits.left == share.standing() and not share.lacking:
                 self._deactivate(share)
         return asks
 
@@ -184,7 +203,7 @@ class Allotments:
             # It may be another store, which knows nothing of these slots.
             share.backs.clear()
             share.leaves.clear()
-            share.used = share.used_before = share.debt
+            share.permits.used = share.used_before = share.debt
 
     def forget_old_debts(self) -> None:
         """Lets go of what was admitted too long ago to count, while the store is away."""
@@ -206,6 +225,8 @@ class Allotments:
 
     def _activate(self, share: Share) -> None:
         if not share.is_active:
+            if not self._active:
+                self._stirred()
             share.is_active = True
             self._active[share.key_id] = share
 
@@ -227,23 +248,25 @@ class Allotments:
                 oldest, share = next(iter(shares.items()))
                 if not share.is_active:
                     idle = idle or oldest
-                    if share.seen == share.used:
+                    if share.seen == share.permits.used:
                         idle = oldest
                         break
-                share.seen = share.used
+                share.seen = share.permits.used
                 shares.move_to_end(oldest)
             if idle is not None:
-                del shares[idle]
+                # Whoever still holds it finds no permits in it.
+                permits = shares.pop(idle).permits
+                permits.left, permits.until_s = 0, NEVER
         share = shares[key_id] = Share(key_id, now_s)
         return share
 
 
 def _tell(share: Share, limit: int, cost: int, now_s: float) -> RateState | None:
     """Answers what charges nothing: a cost of 0, if enough is known, and one that never fits."""
-    remaining = max(limit - share.used, 0)
+    remaining = max(limit - share.permits.used, 0)
     if cost:
         # Whoever comes back nonetheless is kept from doing so at once.
-        return _state((False, limit, remaining, WINDOW_SLOTS))
+        return RateState(allowed=False, limit=limit, remaining=remaining, reset_after_s=WINDOW_SLOTS)
     if now_s - share.told_s > FRESH_S:
         return None
-    return _state((True, limit, remaining, share.empty_after_s(now_s)))
+    return RateState(allowed=True, limit=limit, remaining=remaining, reset_after_s=share.empty_after_s(now_s))

@@ -12,11 +12,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from typing import Final, NamedTuple
 
 from latchgate.domain.cache import KeyCache
-from latchgate.domain.model import Lookup
+from latchgate.domain.model import Found, Lookup
 
 NEVER: Final = float("-inf")
 
@@ -92,10 +91,6 @@ class Reading(Enum):
     """The log is shorter than it was: the database has lost changes that were called effective."""
 
 
-# What the class itself does, without a call of Python's own for each.
-_lookup = partial(tuple.__new__, Lookup)
-
-
 class Coherence:
     """What a worker has in memory, and whether it may answer from it.
 
@@ -107,6 +102,9 @@ class Coherence:
         self.terms = terms
         self.cache = cache
         self._boottime = boottime
+        # The clock by which leases end and rows are held.
+        self.now_s = boottime
+        self._get = cache.get
         self._clock = DatabaseClock()
         self._unknown: OrderedDict[bytes, float] = OrderedDict()
         self._timeline = ""
@@ -122,19 +120,17 @@ class Coherence:
         """For how long the worker may still answer from memory; 0 without a lease."""
         return max(self._lease_until_s - self._boottime(), 0.0)
 
-    def now_s(self) -> float:
-        """The clock by which leases end and rows are held."""
-        return self._boottime()
-
-    def find(self, fingerprint: bytes, min_revision: int) -> Lookup | None:
+    def find(self, fingerprint: bytes, min_revision: int) -> Found | None:
         """Answers from memory, if there is a lease now and all changes up to `min_revision` are applied."""
         now_s = self._boottime()
-        if now_s < self._lease_until_s and self.applied_revision >= min_revision:
-            record = self.cache.get(fingerprint, now_s)
-            if record is not None or self._unknown.get(fingerprint, NEVER) > now_s:
-                self.hits += 1
-                return _lookup((record, now_s + self._clock.ahead_s, self.applied_revision))
-        return None
+        revision = self.applied_revision
+        if now_s >= self._lease_until_s or revision < min_revision:
+            return None
+        record = self._get(fingerprint, now_s)
+        if record is None and self._unknown.get(fingerprint, NEVER) <= now_s:
+            return None
+        self.hits += 1
+        return record, now_s + self._clock.ahead_s, revision, now_s
 
     def keep(self, fingerprint: bytes, lookup: Lookup, *, sent_s: float) -> None:
         """Holds what a statement has found that was sent at `sent_s`, unless something newer is known already.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from latchgate.domain.permissions import Grants
 
@@ -289,6 +289,40 @@ class KeyIdentity:
     metadata: Mapping[str, str]
 
 
+class Permits:
+    """What a worker may admit of one key's requests without asking: `left` permits, until a time of its own clock.
+
+    `used` is what the key has used of its limit by now, as far as is known. Whoever holds one counts in it.
+    """
+
+    __slots__ = ("left", "until_s", "used")
+
+    def __init__(self) -> None:
+        """Begins with nothing."""
+        self.left = 0
+        self.until_s = -math.inf
+        self.used = 0
+
+
+class Uses:
+    """How often one secret was answered VALID, and when last; to be counted in until a time of the database's clock.
+
+    Times are in seconds since 1970.
+    """
+
+    __slots__ = ("until_s", "used_s", "valid")
+
+    def __init__(self, until_s: float) -> None:
+        """Begins with nothing."""
+        self.until_s = until_s
+        self.valid = 0
+        self.used_s = 0.0
+
+
+NO_PERMITS: Final = Permits()
+NO_USES: Final = Uses(-math.inf)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyRecord:
     """What validation needs of one secret, its key, organization and plan. Made once, when it is loaded.
@@ -297,7 +331,8 @@ class KeyRecord:
     infinite where none is set. `shown` is the KeyIdentity as the transport has written it.
 
     `good_until_s` is told from the others: until then, of the same clock, nothing about the key itself is to be said
-    against its use.
+    against its use. `permits` and `uses` are where its uses are counted, for as long as these say; all else never
+    changes.
     """
 
     secret_id: int
@@ -314,17 +349,26 @@ class KeyRecord:
     secret_end_s: float
     shown: bytes
     good_until_s: float = field(init=False)
+    permits: Permits = field(default=NO_PERMITS, init=False, compare=False, repr=False)
+    uses: Uses = field(default=NO_USES, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Tells until when the key is good."""
         is_good = self.active and self.organization_active and not self.revoked
         object.__setattr__(self, "good_until_s", min(self.expire_s, self.secret_end_s) if is_good else -math.inf)
 
+    def count_in(self, *, permits: Permits | None = None, uses: Uses | None = None) -> None:
+        """Has the next uses of the key counted in these, which need not be looked for then."""
+        if permits is not None:
+            object.__setattr__(self, "permits", permits)
+        if uses is not None:
+            object.__setattr__(self, "uses", uses)
+
 
 class Lookup(NamedTuple):
     """What is known of a digest: the record, or None; the database's clock; the newest change that is taken account of.
 
-    `now_s` is in seconds since 1970. A tuple, because one is made for every call.
+    `now_s` is in seconds since 1970.
     """
 
     record: KeyRecord | None
@@ -332,8 +376,15 @@ class Lookup(NamedTuple):
     revision: int
 
 
+Found = tuple[KeyRecord | None, float, int, float]
+"""What memory knows of a token: what a Lookup says, and the memory's own clock in seconds, all of one moment.
+
+One is made for every call, so it has no names: these cost more than the making.
+"""
+
+
 class RateState(NamedTuple):
-    """Where a key stands with its limit. `reset_after_s` is in whole seconds from now. A tuple, as a Verdict is."""
+    """Where a key stands with its limit. `reset_after_s` is in whole seconds from now."""
 
     allowed: bool
     limit: int
@@ -344,7 +395,7 @@ class RateState(NamedTuple):
 class Verdict(NamedTuple):
     """The answer to Validate. `record` is there for the outcomes that may show who the key is.
 
-    `now_s` is the database's clock, in seconds since 1970. A tuple, because one is made for every call.
+    `now_s` is the database's clock, in seconds since 1970.
     """
 
     outcome: Outcome
@@ -352,6 +403,12 @@ class Verdict(NamedTuple):
     now_s: float = 0.0
     record: KeyRecord | None = None
     rate: RateState | None = None
+
+
+Rate = tuple[bool, int, int, int]
+"""A RateState, with or without its names."""
+Judgement = tuple[Outcome, int, float, KeyRecord | None, Rate | None]
+"""A Verdict, with or without its names: those that are made for every call are without, as Found is."""
 
 
 @dataclass(slots=True, kw_only=True)

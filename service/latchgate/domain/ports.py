@@ -15,6 +15,7 @@ from latchgate.domain.model import (
     Caller,
     Effect,
     Environment,
+    Found,
     HeldPermission,
     Key,
     KeyFilter,
@@ -24,9 +25,11 @@ from latchgate.domain.model import (
     NewSecret,
     Organization,
     Outcome,
+    Permits,
     Plan,
     RateState,
     Scope,
+    Uses,
 )
 from latchgate.domain.outbox import Event
 
@@ -44,7 +47,7 @@ class KeyMemory(Protocol):
     def now_s(self) -> float:
         """The clock of `sent_s`, in seconds."""
 
-    def find(self, fingerprint: bytes, min_revision: int) -> Lookup | None:
+    def find(self, fingerprint: bytes, min_revision: int) -> Found | None:
         """Answers from a state that is as good as storage's, and holds all changes up to `min_revision`; or not."""
 
     def keep(self, fingerprint: bytes, lookup: Lookup, *, sent_s: float) -> None:
@@ -62,6 +65,9 @@ class Limiter(Protocol):
 
         None, and nothing is charged, if memory can not say: then `wait` comes first.
         """
+
+    def permits(self, key_id: str) -> Permits:
+        """Gives what the key's requests can be counted in, once `take` has admitted one."""
 
     async def wait(self, key_id: str, limit: int, cost: int) -> None:
         """Waits until `take` may know more. Charges nothing, and never fails."""
@@ -121,8 +127,8 @@ class UsageRecorder(Protocol):
     Takes note without waiting for storage, at a time of the database's clock in seconds since 1970.
     """
 
-    def used(self, record: KeyRecord, now_s: float) -> None:
-        """Takes note of an answer of VALID."""
+    def used(self, record: KeyRecord, now_s: float) -> Uses:
+        """Takes note of an answer of VALID. Gives what the next ones can be counted in."""
 
     def refused(self, record: KeyRecord, outcome: Outcome, now_s: float) -> None:
         """Takes note of any other answer: no use of the secret, but counted."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 
 from latchgate.domain.model import RateState
 
@@ -21,9 +20,6 @@ WINDOW_SLOTS = 61
 MAX_KEYS = 100_000
 # How many windows get a second chance before one has to go.
 MAX_CHANCES = 64
-
-# What the class itself does, without a call of Python's own for each.
-_state = partial(tuple.__new__, RateState)
 
 
 class _Window:
@@ -93,10 +89,10 @@ class WindowLimiter:
             window.used = used
             window.cost += cost
             reset_after_s = WINDOW_SLOTS if window.cost else window.seconds_until_empty()
-            return _state((True, limit, limit - used, reset_after_s))
+            return RateState(allowed=True, limit=limit, remaining=limit - used, reset_after_s=reset_after_s)
         # A cost beyond the limit never fits: whoever comes back nonetheless is kept from doing so at once.
         reset_after_s = WINDOW_SLOTS if cost > limit else window.seconds_until(limit - cost)
-        return _state((False, limit, max(limit - window.used, 0), reset_after_s))
+        return RateState(allowed=False, limit=limit, remaining=max(limit - window.used, 0), reset_after_s=reset_after_s)
 
     def charge(self, key_id: str, cost: int) -> None:
         """Charges what was used elsewhere, whatever the limit."""

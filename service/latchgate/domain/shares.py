@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import ceil
 from typing import Final
 
+from latchgate.domain.model import Permits
 from latchgate.domain.ports import RateAsk, RateTold
 
 NEVER: Final = float("-inf")
@@ -15,7 +16,12 @@ LIFE_S: Final = 0.95
 # For how long permits are asked for in advance, and how much of that is left when more are asked for.
 AHEAD_S: Final = 0.5
 REFILL_AT: Final = 0.4
-# Keys that are asked for less often than about once a second need no permits: each request finds the last one reported.
+# The same where less than a part of the limit is used: what lies idle here is missed by nobody, and each key is asked
+# for half as often.
+FAR_PART: Final = 0.75
+FAR_AHEAD_S: Final = 0.9
+FAR_REFILL_AT: Final = 0.2
+# Keys that are asked for less often than about once a second need none.
 LEAST_AHEAD: Final = 0.5
 # Over what span the demand for a key is averaged, and the shortest one that it is told from.
 SPAN_S: Final = 0.5
@@ -46,28 +52,27 @@ class _Layer:
 
 
 class Share:
-    """The state is open to latchgate.domain.allotments, whose usual path is too short for calls."""
+    """The state is open to latchgate.domain.allotments, and the permits to whoever counts in them."""
 
     __slots__ = (
         "asked_s", "backs", "block", "cost", "debt", "free_after_s", "is_active", "is_looked_at", "key_id", "lacking",
-        "layers", "least", "leaves", "left", "limit", "lost_s", "rate", "refused", "seen", "told_s", "until_s", "used",
-        "used_before", "waiting",
+        "layers", "least", "leaves", "limit", "lost_s", "permits", "rate", "refused", "seen", "told_s", "used_before",
+        "waiting",
     )  # fmt: skip
 
     def __init__(self, key_id: str, now_s: float) -> None:
         """Begins with nothing."""
         self.key_id = key_id
         self.limit = 0
-        # Permits that may be used until `until_s`; of which grants they are, `layers` tells, the oldest first.
-        self.left = 0
-        self.until_s = NEVER
+        # Apart from the rest, because whoever counts in them may keep them for longer than the share lasts. Their
+        # `used` is what the window holds as far as is known, less what is left here, and with what was not reported.
+        self.permits = Permits()
+        # Of which grants the permits are that are left, the oldest first.
         self.layers: list[_Layer] = []
         # Permits that have expired, by slot.
         self.backs: list[tuple[int, int]] = []
         # For which window of the clock's it was given standing permits.
         self.block = -1
-        # What the window holds as far as is known, less what is left here, and with what was not reported.
-        self.used = 0
         # What was admitted without a permit and not reported, and when that may be done again.
         self.debt = 0
         self.free_after_s = NEVER
@@ -103,19 +108,19 @@ class Share:
         if now_s - self.told_s > WINDOW_SLOTS:
             # At least as old is all of it.
             leaves.clear()
-            self._lower(self.used - self.debt)
+            self._lower(self.permits.used - self.debt)
         if self.layers:
             self.settle(now_s)
 
     def _lower(self, gone: int) -> None:
         """Lowers what is used, by no more than is not this worker's own news."""
-        gone = min(gone, self.used - self.debt)
-        self.used -= gone
+        gone = min(gone, self.permits.used - self.debt)
+        self.permits.used -= gone
         self.used_before -= gone
 
     def settle(self, now_s: float) -> None:
         """Finds out of which grants the permits are that are left; those that have expired are to be given back."""
-        used_up = sum(layer.count for layer in self.layers) - self.left
+        used_up = sum(layer.count for layer in self.layers) - self.permits.left
         good = []
         for layer in self.layers:
             part = min(used_up, layer.count)
@@ -124,11 +129,11 @@ class Share:
             if layer.count and layer.until_s > now_s:
                 good.append(layer)
             elif layer.count:
-                self.left -= layer.count
+                self.permits.left -= layer.count
                 if layer.slot != _NOWHERE:
                     self.backs.append((layer.slot, layer.count))
         self.layers = good
-        self.until_s = good[0].until_s if good else NEVER
+        self.permits.until_s = good[0].until_s if good else NEVER
 
     def stand(self, limit: int, workers: int, now_s: float) -> None:
         """Takes the permits of which the store is never told, once for each window of the clock's."""
@@ -139,7 +144,7 @@ class Share:
             if count:
                 # The last ones to be used: they last longest.
                 self.layers.append(_Layer(_NOWHERE, count, (block + 1.0) * WINDOW_SLOTS))
-                self.left += count
+                self.permits.left += count
                 self.settle(now_s)
 
     def standing(self) -> int:
@@ -149,11 +154,11 @@ class Share:
 
     def is_short_of(self, cost: int, limit: int) -> bool:
         """Says whether it is known that there is no room for a cost; to be asked after `age`."""
-        return bool(self.leaves) and self.used + cost > limit
+        return bool(self.leaves) and self.permits.used + cost > limit
 
     def fits_after_s(self, cost: int, limit: int, now_s: float) -> int:
         """Says after how many seconds there is room for a cost, as far as is known; at least one."""
-        used = self.used
+        used = self.permits.used
         for time_s, gone in self.leaves:
             used -= gone
             if used + cost <= limit:
@@ -162,7 +167,7 @@ class Share:
 
     def empty_after_s(self, now_s: float) -> int:
         """Says after how many seconds nothing is used any more, if nothing is added."""
-        if not self.used:
+        if not self.permits.used:
             return 0
         return ceil(self.leaves[-1][0] - now_s) if self.leaves and not self.debt else WINDOW_SLOTS
 
@@ -170,73 +175,79 @@ class Share:
         """Says what the store is to be told and asked, if there is anything."""
         self.age(now_s)
         self._tell_rate(now_s)
-        needed, wanted = self._wanted(now_s)
-        least = max((self.least or self.lacking or self.cost) - self.left, 1)
+        is_far = self.permits.used < self.limit * FAR_PART
+        # Keys that are asked for less often find the last request reported each time, and need no permits.
+        is_steady = self.rate * AHEAD_S >= LEAST_AHEAD * self.cost
+        stock = self.rate * (FAR_AHEAD_S if is_far else AHEAD_S) if is_steady else 0.0
+        needed, wanted = self._wanted(now_s, stock, FAR_REFILL_AT if is_far else REFILL_AT)
+        least = max((self.least or self.lacking or self.cost) - self.permits.left, 1)
         is_looked_at, self.is_looked_at = self.is_looked_at or bool(self.waiting), False
         self.waiting = self.least = 0
-        if not (wanted or self.debt or self.backs or is_looked_at):
+        # What nobody misses goes back with what is asked next.
+        is_back_due = self.backs and not (is_far and is_steady)
+        if not (wanted or self.debt or is_back_due or is_looked_at):
             return None
         slot, back = self.backs.pop() if self.backs else (0, 0)
         return RateAsk(self.key_id, self.limit, self.debt, least, needed, wanted, slot, back)
 
     def _tell_rate(self, now_s: float) -> None:
         span_s = max(now_s - self.asked_s, SHORTEST_S)
-        demand = (self.used - self.used_before + self.refused + self.waiting) / span_s
+        demand = (self.permits.used - self.used_before + self.refused + self.waiting) / span_s
         if self.waiting and demand > self.rate:
             self.rate = demand
         else:
             self.rate += (demand - self.rate) * min(span_s / SPAN_S, 1.0)
         self.asked_s = now_s
-        self.used_before = self.used
+        self.used_before = self.permits.used
         self.refused = 0
 
-    def _wanted(self, now_s: float) -> tuple[int, int]:
-        """Says how many permits are needed now, and how many are wanted."""
-        stock = self.rate * AHEAD_S
-        stock = ceil(stock / self.cost) * self.cost if stock >= LEAST_AHEAD * self.cost else 0
-        stock = min(stock, self.limit)
+    def _wanted(self, now_s: float, demand: float, refill_at: float) -> tuple[int, int]:
+        """Says how many permits are needed now, and how many are wanted to meet a demand ahead."""
+        stock = min(ceil(demand / self.cost) * self.cost, self.limit)
         if self.waiting:
-            needed = max(min(self.waiting, self.limit) - self.left, 0)
-            return needed, max(needed, stock - self.left) if needed else 0
+            needed = max(min(self.waiting, self.limit) - self.permits.left, 0)
+            return needed, max(needed, stock - self.permits.left) if needed else 0
         if self.leaves and self.rate < STEADY * self.cost:
             # Few requests, for which few permits are left: each asks for itself, and none lies idle.
             self.lacking = 0
             return 0, 0
         least = self.lacking or self.cost
-        if self.left >= least:
+        if self.permits.left >= least:
             self.lacking = 0
         is_full = self.is_short_of(least, self.limit)
         if self.lacking:
             if is_full and now_s - self.told_s < LOOK_AGAIN_S:
                 return 0, 0
-            return least - self.left, max(least, stock) - self.left
-        if is_full or self.left > stock * REFILL_AT:
+            return least - self.permits.left, max(least, stock) - self.permits.left
+        if is_full or self.permits.left > stock * refill_at:
             return 0, 0
-        return 0, max(stock - self.left, 0)
+        return 0, max(stock - self.permits.left, 0)
 
     def expire(self) -> None:
         """Makes all permits ones that are to be given back, and wants no more."""
         for layer in self.layers:
             layer.until_s = NEVER
-        self.until_s = NEVER
+        self.permits.until_s = NEVER
         self.waiting = self.refused = self.lacking = 0
         self.is_looked_at = False
-        self.used_before = self.used
+        self.used_before = self.permits.used
         self.rate = 0.0
 
     def hear(self, ask: RateAsk, told: RateTold, sent_s: float, now_s: float) -> None:
         """Takes note of the store's answer to a statement that was sent at `sent_s`, and came now."""
         self.debt -= ask.charged
-        taken = self.used - self.used_before
+        taken = self.permits.used - self.used_before
         if self.layers:
             self.settle(now_s)
         if told.granted:
             place = len(self.layers) - bool(self.standing())
             self.layers.insert(place, _Layer(told.slot, told.granted, sent_s + LIFE_S))
-            self.left += told.granted
+            self.permits.left += told.granted
             self.settle(now_s)
-        self.used = told.used - (self.left - self.standing()) - sum(back for _, back in self.backs) + self.debt
-        self.used_before = self.used - taken
+        self.permits.used = (
+            told.used - (self.permits.left - self.standing()) - sum(back for _, back in self.backs) + self.debt
+        )
+        self.used_before = self.permits.used - taken
         self.told_s = now_s
         self.leaves = [(now_s + after_s, cost) for after_s, cost in told.leaves]
         if ask.wanted and (told.granted >= ask.wanted or told.used + ask.least > ask.limit):

@@ -8,7 +8,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from apikeys.v1 import key_pb2, key_service_pb2
-from latchgate.domain.model import KeyRecord, Outcome, RateState
+from latchgate.domain.model import KeyRecord, Outcome, Rate
 from latchgate.gateway.credentials import IDENTITY_PREFIX, Problem
 
 REALM: Final = "latchgate"
@@ -139,14 +139,16 @@ def body(denial: Denial) -> str:
     return json.dumps({"error": error}) + "\n"
 
 
-def rate_headers(rate: RateState) -> dict[str, str]:
+def rate_headers(rate: Rate) -> dict[str, str]:
     """Writes where a key stands, in the header fields of draft-ietf-httpapi-ratelimit-headers-10."""
+    _, limit, remaining, reset_after_s = rate
     return {
-        "ratelimit-policy": f'"{POLICY}";q={rate.limit};w={WINDOW_S}',
-        "ratelimit": f'"{POLICY}";r={rate.remaining};t={rate.reset_after_s}',
+        "ratelimit-policy": f'"{POLICY}";q={limit};w={WINDOW_S}',
+        "ratelimit": f'"{POLICY}";r={remaining};t={reset_after_s}',
     }
 
 
-def retry_headers(rate: RateState) -> dict[str, str]:
+def retry_headers(rate: Rate) -> dict[str, str]:
     """Writes where a key stands that is over its limit, and when to come back."""
-    return {"retry-after": str(rate.reset_after_s), **rate_headers(rate)}
+    _, _, _, reset_after_s = rate
+    return {"retry-after": str(reset_after_s), **rate_headers(rate)}

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from google.protobuf import timestamp_pb2
 
 from apikeys.v1 import key_service_pb2 as pb
-from latchgate.domain.model import KeyRecord, Outcome, RateState, Verdict
+from latchgate.domain.model import Judgement, KeyRecord, Outcome, Rate
 from latchgate.rpc.convert import OUTCOME
 
 _VALID: Final = Outcome.VALID
@@ -49,9 +49,9 @@ class AnswerWriter:
         self._last = [_varint(number) for number in range(1 << 14)]
         self._more = [_varint(number | 1 << 14)[:2] for number in range(1 << 14)]
 
-    def write(self, verdict: Verdict) -> bytes:
+    def write(self, judgement: Judgement) -> bytes:
         """Writes a verdict."""
-        outcome, revision, now_s, record, rate = verdict
+        outcome, revision, now_s, record, rate = judgement
         if record is None:
             return _told(outcome, revision, 0)
         if rate is None:
@@ -100,16 +100,17 @@ class AnswerWriter:
         return int(min(self._ttl_s, record.expire_s - now_s, record.secret_end_s - now_s) * 1000)
 
 
-def _reset_s(now_s: float, rate: RateState) -> int:
+def _reset_s(now_s: float, reset_after_s: int) -> int:
     """Gives the next whole second: not before the time has come."""
-    return int(now_s) + rate.reset_after_s + 1
+    return int(now_s) + reset_after_s + 1
 
 
-def _refused(rate: RateState, now_s: float) -> bytes:
+def _refused(rate: Rate, now_s: float) -> bytes:
     """Writes where a key stands that is over its limit."""
-    limit = pb.RateLimit(limit=rate.limit, remaining=rate.remaining)
-    limit.reset_time.seconds = _reset_s(now_s, rate)
-    return pb.ValidateResponse(rate_limit=limit).SerializeToString()
+    _, limit, remaining, reset_after_s = rate
+    told = pb.RateLimit(limit=limit, remaining=remaining)
+    told.reset_time.seconds = _reset_s(now_s, reset_after_s)
+    return pb.ValidateResponse(rate_limit=told).SerializeToString()
 
 
 @lru_cache(maxsize=1024)

@@ -19,7 +19,7 @@ from envoy.type.v3 import http_status_pb2
 from google.protobuf import struct_pb2
 from google.rpc import status_pb2
 
-from latchgate.domain.model import KeyRecord, Outcome, RateState, Verdict
+from latchgate.domain.model import Judgement, KeyRecord, Outcome, Rate
 from latchgate.gateway.answers import (
     COME_BACK,
     DENIALS,
@@ -50,9 +50,9 @@ class CheckWriter:
         """Begins with none prepared."""
         self._allowing = Remembering(_allowing)
 
-    def write(self, verdict: Verdict, check: Check) -> bytes:
+    def write(self, judgement: Judgement, check: Check) -> bytes:
         """Writes a verdict."""
-        outcome, _, _, record, rate = verdict
+        outcome, _, _, record, rate = judgement
         if outcome is _VALID and record is not None:
             answer = self._allowing(record) + _REMOVED[check.carrier]
             if check.spoofed:
@@ -135,7 +135,7 @@ def _http(denial: Denial, status: status_pb2.Status, *, is_grpc: bool) -> pb.Den
 
 
 @lru_cache(maxsize=16_384)
-def _allowed(rate: RateState) -> bytes:
+def _allowed(rate: Rate) -> bytes:
     """Writes where a key stands, for the client to read in the answer that it gets.
 
     Remembered, because keys of the same limit stand where others stood before them.
@@ -144,7 +144,7 @@ def _allowed(rate: RateState) -> bytes:
     return _written(pb.CheckResponse(ok_response=pb.OkHttpResponse(response_headers_to_add=headers)))
 
 
-def _refused(rate: RateState) -> bytes:
+def _refused(rate: Rate) -> bytes:
     """Writes where a key stands that is over its limit, and when to come back."""
     headers = _options(retry_headers(rate))
     return _written(pb.CheckResponse(denied_response=pb.DeniedHttpResponse(headers=headers)))

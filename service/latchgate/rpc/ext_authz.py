@@ -92,14 +92,14 @@ class CheckRecall:
         if check.problem is not None:
             self._outcomes.unjudged(check.problem.value)
             return refused(check.problem, check)
-        verdict = self._recall(check.token, check.need)
-        if verdict is None:
+        judgement = self._recall(check.token, check.need)
+        if judgement is None:
             return None
-        if verdict.outcome is _VALID:
+        if judgement[0] is _VALID:
             self._tally.valid += 1
         else:
-            self._outcomes.outcome(verdict.outcome)
-        return self._write(verdict, check)
+            self._outcomes.outcome(judgement[0])
+        return self._write(judgement, check)
 
 
 def refuse(status: status_pb2.Status, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes | None:

@@ -59,15 +59,14 @@ class Recall:
         # Not cut off: a token that is whole makes no request that is.
         if len(token) != length:
             return None
-        verdict = self._recall(token, need)
-        if verdict is None:
+        judgement = self._recall(token, need)
+        if judgement is None:
             return None
-        answer = self._write(verdict)
-        if verdict.outcome is _VALID:
+        if judgement[0] is _VALID:
             self._tally.valid += 1
         else:
-            self._outcomes.outcome(verdict.outcome)
-        return answer
+            self._outcomes.outcome(judgement[0])
+        return self._write(judgement)
 
     def _learn(self, rest: bytes) -> Need | None:
         """Reads what follows after the token; None if that is not plain, as where another token follows."""

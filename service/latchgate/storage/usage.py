@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Final
 from uuid import UUID, uuid4
 
-from latchgate.domain.model import KeyRecord, Outcome
+from latchgate.domain.model import KeyRecord, Outcome, Uses
 from latchgate.storage import queries, queries_outbox, queries_usage
 from latchgate.storage.postgres import Connection, Database
 
@@ -36,16 +36,19 @@ OUTCOME_NUMBERS: Final = {
 }
 
 
-class _Uses:
+class _Uses(Uses):
     """What was answered about one secret in one hour: how often VALID, when last, and how often what else."""
 
-    __slots__ = ("organization_id", "refused", "used_s", "valid")
+    __slots__ = ("organization_id", "refused")
 
-    def __init__(self, organization_id: str) -> None:
+    def __init__(self, organization_id: str, until_s: float) -> None:
+        super().__init__(until_s)
         self.organization_id = organization_id
-        self.valid = 0
-        self.used_s = 0.0
         self.refused: Counter[Outcome] | None = None
+
+    def close(self) -> None:
+        """Has what comes from now on counted elsewhere."""
+        self.until_s = float("-inf")
 
     def counts(self) -> list[tuple[int, int]]:
         """Gives pairs of an outcome's number and how often it was answered, by the number."""
@@ -94,32 +97,35 @@ class UsageBuffer:
         unwritten = len(self._unwritten.uses) if self._unwritten else 0
         return unwritten + sum(map(len, tuple(self._hours.values())))
 
-    def used(self, record: KeyRecord, now_s: float) -> None:
-        """Takes note of an answer of VALID. Answers overtake each other, times do not go back."""
-        if not self._begin_s <= now_s < self._end_s:
-            self._turn(now_s)
-        uses = self._uses.get(record.secret_id)
-        if uses is None:
-            uses = self._uses[record.secret_id] = _Uses(record.organization_id)
-        uses.valid += 1
-        if uses.used_s < now_s:  # noqa: PLR1730 - a call of max takes as long as all the rest
-            uses.used_s = now_s
+    def used(self, record: KeyRecord, now_s: float) -> Uses:
+        """Takes note of an answer of VALID. Answers overtake each other, times do not go back.
+
+        Gives what the next ones can be counted in.
+        """
+        return self._used(record.secret_id, record.organization_id, now_s)
 
     def used_secret(self, secret_id: int, organization_id: str, now_s: float) -> None:
         """Takes note of a use that was no answer of Validate, as `used` does."""
-        if not self._begin_s <= now_s < self._end_s:
-            self._turn(now_s)
-        uses = self._uses.setdefault(secret_id, _Uses(organization_id))
+        self._used(secret_id, organization_id, now_s)
+
+    def _used(self, secret_id: int, organization_id: str, now_s: float) -> _Uses:
+        uses = self._of(secret_id, organization_id, now_s)
         uses.valid += 1
         uses.used_s = max(uses.used_s, now_s)
+        return uses
+
+    def _of(self, secret_id: int, organization_id: str, now_s: float) -> _Uses:
+        """Gives the uses of a secret in the hour in which a time lies."""
+        if not self._begin_s <= now_s < self._end_s:
+            self._turn(now_s)
+        uses = self._uses.get(secret_id)
+        if uses is None:
+            uses = self._uses[secret_id] = _Uses(organization_id, self._end_s)
+        return uses
 
     def refused(self, record: KeyRecord, outcome: Outcome, now_s: float) -> None:
         """Takes note of any other answer."""
-        if not self._begin_s <= now_s < self._end_s:
-            self._turn(now_s)
-        uses = self._uses.get(record.secret_id)
-        if uses is None:
-            uses = self._uses[record.secret_id] = _Uses(record.organization_id)
+        uses = self._of(record.secret_id, record.organization_id, now_s)
         if uses.refused is None:
             uses.refused = Counter()
         uses.refused[outcome] += 1
@@ -140,6 +146,8 @@ class UsageBuffer:
                 for secret_ids in _batches(list(gathered)):
                     self._sequence += 1
                     uses = [(secret_id, gathered.pop(secret_id)) for secret_id in secret_ids]
+                    for _, each in uses:
+                        each.close()
                     self._unwritten = _Part(sequence=self._sequence, hour=hour, uses=uses)
                     await self._write_unwritten()
                 if not gathered and gathered is not self._uses:

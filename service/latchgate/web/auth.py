@@ -118,15 +118,15 @@ class AuthEndpoint:
         validator = self._validator
         if validator is None:
             raise StorageUnavailableError("the service is starting and waits for its database")
-        verdict = validator.recall(token, need) or await validator.validate(
+        judgement = validator.recall(token, need) or await validator.validate(
             # What is not ASCII is no token, whatever it is.
             token.decode("latin-1"),
             required_permissions=sorted(need.permissions),
             client_ip=need.client_ip,
             cost=need.cost,
         )
-        self._outcomes.outcome(verdict.outcome)
-        outcome, _, _, record, rate = verdict
+        outcome, _, _, record, rate = judgement
+        self._outcomes.outcome(outcome)
         if outcome is Outcome.VALID and record is not None:
             return web.Response(headers=self._identity(record) | (rate_headers(rate) if rate else {}))
         denial = DENIALS[outcome]
