@@ -129,7 +129,7 @@ async def cluster(cores: Sequence[int]) -> AsyncIterator[Cluster]:
             with pinned(cores):
                 embedded = EmbeddedPostgres.start(Path(folder))
                 try:
-                    await _allow_connections(await embedded.create_database())
+                    await _configure(await embedded.create_database())
                 finally:
                     embedded.stop()
                 embedded = EmbeddedPostgres.start(Path(folder))
@@ -143,11 +143,17 @@ async def cluster(cores: Sequence[int]) -> AsyncIterator[Cluster]:
             await asyncio.to_thread(embedded.stop)
 
 
-async def _allow_connections(url: str) -> None:
-    """Has the server take as many connections as the largest service of a benchmark needs, from its next start on."""
+async def _configure(url: str) -> None:
+    """Has the server run as that of a service is run, from its next start on.
+
+    As many connections as the largest service of a benchmark needs, and a quarter of the machine's memory for pages,
+    where PostgreSQL's manual begins: https://www.postgresql.org/docs/current/runtime-config-resource.html
+    """
+    quarter_mb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 // 2**20
     connection = await asyncpg.connect(url)
     try:
         await connection.execute(f"ALTER SYSTEM SET max_connections = {MAX_CONNECTIONS}")
+        await connection.execute(f"ALTER SYSTEM SET shared_buffers = '{quarter_mb}MB'")
     finally:
         await connection.close()
 
