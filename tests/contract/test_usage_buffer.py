@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from latchgate.domain.errors import StorageUnavailableError, WriteUnknownError
-from latchgate.domain.model import KeyRecord
+from latchgate.domain.model import NO_USES, KeyRecord
 from latchgate.storage import usage as usage_module
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.stores import PostgresStore
@@ -284,7 +284,9 @@ async def test_uses_that_are_counted_in_place_are_written_once(
     """
     (secret_id,) = await _secrets(store, observer, 1)
     usage = UsageBuffer(database)
-    uses = usage.used(of(secret_id), NOON_S)
+    record = of(secret_id)
+    uses = usage.used(record, NOON_S)
+    record.count_in(uses=uses)
     assert uses.until_s == NOON_S + usage_module.HOUR_S
     uses.valid += 2
     uses.used_s = NOON_S + 1
@@ -292,6 +294,7 @@ async def test_uses_that_are_counted_in_place_are_written_once(
     await usage.flush()
 
     assert uses.until_s < NOON_S
+    assert record.uses is NO_USES
     assert [NOON + SECOND] == await _times(observer)
     assert 3 == await observer.fetchval("SELECT sum(count) FROM usage_by_secret")
     again = usage.used(of(secret_id), NOON_S + 2)

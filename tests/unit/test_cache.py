@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latchgate.domain.allotments import Allotments
 from latchgate.domain.cache import MAX_CHANCES, KeyCache
 from latchgate.domain.model import KeyIdentity, KeyRecord
 from latchgate.storage import rows
@@ -354,7 +355,7 @@ def row_of(number: int) -> dict[str, Any]:
 
 def test_memory_of_a_key() -> None:
     """A key in memory, with all that belongs to it, takes no more than 1,000 bytes, of which what is shown takes 250:
-    a million keys go into a gigabyte.
+    a million keys go into a gigabyte. The permits of its limit belong to it once the limiter has forgotten the key.
     """
 
     def show(identity: KeyIdentity) -> bytes:
@@ -364,9 +365,11 @@ def test_memory_of_a_key() -> None:
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        cache = KeyCache(KEYS)
+        cache, limiter = KeyCache(KEYS), Allotments(lambda: NOW_S, 1, stands_after_s=0.0)
         for number in range(KEYS):
             record = rows.key_record(cast("rows.Row", row_of(number)), show)
+            assert limiter.take(record.key_id, 60_000, 1) is not None
+            record.count_in(permits=limiter.permits(record.key_id))
             cache.put(digest_of(number), record, 1000.0 + number)
         gc.collect()
         after, _ = tracemalloc.get_traced_memory()

@@ -256,7 +256,8 @@ class Allotments:
             if idle is not None:
                 # Whoever still holds it finds no permits in it.
                 permits = shares.pop(idle).permits
-                permits.left, permits.until_s = 0, NEVER
+                permits.left = permits.used = 0
+                permits.until_s = NEVER
         share = shares[key_id] = Share(key_id, now_s)
         return share
 
