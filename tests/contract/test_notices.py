@@ -177,12 +177,20 @@ async def test_batch_that_fails_is_told_by_the_next(
     assert [["first_used"]] * MANY == [await types_of(observer, key_id) for key_id in made]
 
 
+@pytest.mark.parametrize("at_once", [1, PUBLISH_ROWS])
 async def test_batch_tells_only_of_keys_that_are_as_they_were(
-    notices: Notices, keys: KeyManager, store: PostgresStore, database: Database, observer: Connection
+    at_once: int,
+    notices: Notices,
+    keys: KeyManager,
+    store: PostgresStore,
+    database: Database,
+    observer: Connection,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In one batch, what holds is told; of keys that were revoked, deleted, given another expiry, removed for good or
-    have expired since, nothing is told of what was noted before, then or later.
+    """In one turn, what holds is told, in one batch or several; of keys that were revoked, deleted, given another
+    expiry, removed for good or have expired since, nothing is told of what was noted before, then or later.
     """
+    monkeypatch.setattr(publishing, "PUBLISH_ROWS", at_once)
     await insert_organization(store)
     await notices.work()
     first, revoked, deleted, moved, removed, expired, last = made = [
@@ -212,11 +220,19 @@ async def test_batch_tells_only_of_keys_that_are_as_they_were(
     assert 0 == await observer.fetchval(UNPUBLISHED)
 
 
+@pytest.mark.parametrize("at_once", [1, PUBLISH_ROWS])
 @pytest.mark.parametrize("kinds", [("first_used", "expiring_7"), ("expiring_7", "first_used")])
 async def test_notices_of_one_key_are_told_in_their_order(
-    kinds: tuple[str, str], notices: Notices, keys: KeyManager, store: PostgresStore, observer: Connection
+    kinds: tuple[str, str],
+    at_once: int,
+    notices: Notices,
+    keys: KeyManager,
+    store: PostgresStore,
+    observer: Connection,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two things that were noted of a key are both told in one batch, in the order in which they were noted."""
+    """Two things that were noted of a key are both told, in the order in which they were noted, be it in one batch."""
+    monkeypatch.setattr(publishing, "PUBLISH_ROWS", at_once)
     await insert_organization(store)
     key_id = await make(keys, timedelta(days=5))
     for age_s, kind in zip((2, 1), kinds, strict=True):
