@@ -9,14 +9,34 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from latchgate.domain.keys import KeyManager
-from latchgate.storage.notices import Notices
+from latchgate.storage import notices as publishing
+from latchgate.storage import queries
+from latchgate.storage.notices import PUBLISH_ROWS, Notices
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.purge import purge_keys
 from latchgate.storage.stores import PostgresStore
 from latchgate.storage.usage import UsageBuffer
-from support.databases import ROOT_CALLER, draft, insert_organization, next_id
+from support.databases import ROOT_CALLER, connected, draft, insert_organization, next_id, started_and_waiting
 from support.records import KEY_RECORD
 
+MANY = 2 * PUBLISH_ROWS + 7
+# Notes all keys of an organization as used for the first time, the newest key first.
+NOTE_ALL = """
+INSERT INTO key_notice (key_id, kind, expire_time, create_time)
+SELECT id, 'first_used', 'epoch', now() - interval '1 second' * row_number() OVER (ORDER BY id)
+FROM key WHERE organization_id = 'acme'
+"""
+UNPUBLISHED = "SELECT count(*) FROM key_notice WHERE publish_time IS NULL"
+# Has whoever has taken notices wait for a lock, before it reads their keys.
+HOLD = (
+    """
+    CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql
+    AS 'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END'
+    """,
+    "CREATE TRIGGER hold AFTER UPDATE ON key_notice FOR EACH ROW EXECUTE FUNCTION hold()",
+    "SELECT pg_advisory_lock(1)",
+)
+RELEASE = "SELECT pg_advisory_unlock(1)"
 TYPES = "SELECT type FROM event WHERE subject = $1 AND type NOT LIKE '%created' ORDER BY number"
 # As if so many days had passed for the keys and for what was noted of them.
 PASS = (
@@ -111,6 +131,172 @@ async def test_of_many_that_look_one_tells(
     published = await asyncio.gather(*(worker.work() for worker in workers))
     assert 10 == sum(published)
     assert [["expiring"]] * 10 == [await types_of(observer, key_id) for key_id in made]
+
+
+async def make_many(keys: KeyManager, store: PostgresStore, observer: Connection) -> list[str]:
+    """Makes more keys than are published at a time, all noted as used; gives their ids in the order of the notices."""
+    await insert_organization(store)
+    made = [await make(keys) for _ in range(MANY)]
+    await observer.execute(NOTE_ALL)
+    return made[::-1]
+
+
+async def test_many_are_told_once_by_several_workers(
+    database: Database, keys: KeyManager, store: PostgresStore, observer: Connection
+) -> None:
+    """Workers that publish several batches at the same time tell of each key once between them, and leave nothing."""
+    made = await make_many(keys, store, observer)
+    published = await asyncio.gather(*(Notices(database, next_id, ()).publish() for _ in range(4)))
+    assert MANY == sum(published)
+    told = await observer.fetch("SELECT subject FROM event WHERE type = 'api_key.first_used' ORDER BY subject")
+    assert sorted(made) == [row["subject"] for row in told]
+    assert 0 == await observer.fetchval(UNPUBLISHED)
+
+
+async def test_turn_tells_of_so_many_in_their_order(
+    notices: Notices, keys: KeyManager, store: PostgresStore, observer: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn tells of no more than a fixed number, what was noted first before the rest, and the next turn goes on."""
+    monkeypatch.setattr(publishing, "PUBLISH_AT_ONCE", 2 * PUBLISH_ROWS)
+    made = await make_many(keys, store, observer)
+    assert [2 * PUBLISH_ROWS, MANY - 2 * PUBLISH_ROWS, 0] == [await notices.publish() for _ in range(3)]
+    told = await observer.fetch("SELECT subject FROM event WHERE type = 'api_key.first_used' ORDER BY number")
+    assert made == [row["subject"] for row in told]
+
+
+async def test_batch_that_fails_is_told_by_the_next(
+    notices: Notices, keys: KeyManager, store: PostgresStore, database: Database, observer: Connection
+) -> None:
+    """A worker that ends within a batch has told nothing of it, and the next one tells all of it."""
+    made = await make_many(keys, store, observer)
+    ids = (f"evt_{number}" for number in range(2))
+    with pytest.raises(RuntimeError):
+        await Notices(database, lambda _: next(ids), ()).publish()
+    assert [[]] * 3 == [await types_of(observer, key_id) for key_id in made[:3]]
+    assert MANY == await notices.publish()
+    assert [["first_used"]] * MANY == [await types_of(observer, key_id) for key_id in made]
+
+
+@pytest.mark.parametrize("at_once", [1, PUBLISH_ROWS])
+async def test_batch_tells_only_of_keys_that_are_as_they_were(
+    at_once: int,
+    notices: Notices,
+    keys: KeyManager,
+    store: PostgresStore,
+    database: Database,
+    observer: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In one turn, what holds is told, in one batch or several; of keys that were revoked, deleted, given another
+    expiry, removed for good or have expired since, nothing is told of what was noted before, then or later.
+    """
+    monkeypatch.setattr(publishing, "PUBLISH_ROWS", at_once)
+    await insert_organization(store)
+    await notices.work()
+    first, revoked, deleted, moved, removed, expired, last = made = [
+        await make(keys, timedelta(days=8)) for _ in range(7)
+    ]
+    await pass_time(observer, timedelta(days=1.5))
+    await notices.note()
+    await keys.revoke(ROOT_CALLER, revoked, "")
+    await keys.delete(ROOT_CALLER, deleted)
+    await keys.update(ROOT_CALLER, moved, "", {"expire_time": datetime.now(UTC) + timedelta(days=20)})
+    await keys.delete(ROOT_CALLER, removed)
+    await observer.execute("UPDATE key SET delete_time = delete_time - interval '31 days' WHERE id = $1", removed)
+    await purge_keys(database)
+    for statement in ("UPDATE key SET expire_time = now() WHERE id = $1", "UPDATE key_notice SET expire_time = now()"):
+        await observer.execute(statement + (" WHERE key_id = $1" if "notice" in statement else ""), expired)
+    assert [2, 0] == [await notices.publish() for _ in range(2)]
+    told = {key_id: await types_of(observer, key_id) for key_id in made}
+    assert {
+        first: ["expiring"],
+        revoked: ["revoked"],
+        deleted: ["deleted"],
+        moved: ["updated"],
+        removed: ["deleted"],
+        expired: [],
+        last: ["expiring"],
+    } == told
+    assert 0 == await observer.fetchval(UNPUBLISHED)
+
+
+@pytest.mark.parametrize("at_once", [1, PUBLISH_ROWS])
+@pytest.mark.parametrize("kinds", [("first_used", "expiring_7"), ("expiring_7", "first_used")])
+async def test_notices_of_one_key_are_told_in_their_order(
+    kinds: tuple[str, str],
+    at_once: int,
+    notices: Notices,
+    keys: KeyManager,
+    store: PostgresStore,
+    observer: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two things that were noted of a key are both told, in the order in which they were noted, be it in one batch."""
+    monkeypatch.setattr(publishing, "PUBLISH_ROWS", at_once)
+    await insert_organization(store)
+    key_id = await make(keys, timedelta(days=5))
+    for age_s, kind in zip((2, 1), kinds, strict=True):
+        await observer.execute(
+            """
+            INSERT INTO key_notice (key_id, kind, expire_time, create_time)
+            SELECT id, $2, CASE WHEN $2 = 'first_used' THEN 'epoch' ELSE expire_time END, now() - $3::interval
+            FROM key WHERE id = $1
+            """,
+            key_id,
+            kind,
+            timedelta(seconds=age_s),
+        )
+    assert 2 == await notices.publish()
+    assert [kind.removesuffix("_7") for kind in kinds] == await types_of(observer, key_id)
+
+
+async def test_whoever_is_at_a_key_is_not_waited_for(
+    notices: Notices, keys: KeyManager, store: PostgresStore, database_url: str, observer: Connection
+) -> None:
+    """Keys that somebody else is at are passed over, and told of once that one is done, if there is anything then."""
+    await insert_organization(store)
+    await notices.work()
+    free, held, ended = [await make(keys, timedelta(days=8)) for _ in range(3)]
+    await pass_time(observer, timedelta(days=1.5))
+    await notices.note()
+    async with connected(database_url) as other, other.transaction():
+        await other.execute(queries.ORGANIZATION_LOCK, "acme")
+        await other.execute(queries.KEY_LOCK, held)
+        await other.execute("UPDATE key SET revoke_time = now() WHERE id = $1", ended)
+        assert [1, 0] == [await notices.publish() for _ in range(2)]
+    assert [1, 0] == [await notices.publish() for _ in range(2)]
+    assert [["expiring"], ["expiring"], []] == [await types_of(observer, key_id) for key_id in (free, held, ended)]
+
+
+async def test_keys_of_a_batch_stay_as_they_are_until_it_is_told(
+    notices: Notices,
+    keys: KeyManager,
+    store: PostgresStore,
+    database: Database,
+    database_url: str,
+    observer: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever changes a key that a worker is about to tell of comes after it, and so does what else was noted of it."""
+    monkeypatch.setattr(publishing, "PUBLISH_ROWS", 1)
+    monkeypatch.setattr(publishing, "PUBLISH_AT_ONCE", 1)
+    await insert_organization(store)
+    await notices.work()
+    key_id = await make(keys, timedelta(days=8))
+    await pass_time(observer, timedelta(days=1.5))
+    await notices.note()
+    async with connected(database_url) as other:
+        for statement in HOLD:
+            await other.execute(statement)
+        telling = await started_and_waiting(observer, notices.publish())
+        await observer.execute(NOTE_ALL)
+        assert 0 == await Notices(database, next_id, ()).publish()
+        revoking = await started_and_waiting(observer, keys.revoke(ROOT_CALLER, key_id, ""), 2)
+        await other.execute(RELEASE)
+        assert 1 == await telling
+        await revoking
+        assert 1 == await notices.publish()
+    assert ["expiring", "revoked", "first_used"] == await types_of(observer, key_id)
 
 
 async def test_what_expired_while_nobody_looked_is_told(

@@ -16,7 +16,7 @@ DELIVERY_COLUMNS = {
 
 # What each constant takes and gives, as PostgreSQL understands it.
 STATEMENTS: dict[str, tuple[str, set[str]]] = {
-    "EVENT_INSERT": ("text text text text text text", set()),
+    "EVENT_INSERT": ("text[] text[] text[] text[] text[] text[]", set()),
     "EVENT_DISPATCH": ("int8 bool int8", {"count"}),
     "OUTBOX_DUE": ("", {"events", "deliveries", "mails"}),
     "EVENT_INSERT_FOR_ONE": ("text text text text text text", {"id"}),
@@ -63,8 +63,7 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "EXPIRY_SCAN": ("text interval int8", {"count"}),
     "KEY_NOTE_FIRST_USED": ("int8[]", set()),
     "NOTICE_EXISTS": ("", {"exists"}),
-    "NOTICE_TAKE": ("", {"key_id", "kind", "expire_time"}),
-    "NOTICE_PUBLISHED": ("text text timestamptz", set()),
+    "NOTICE_TAKE": ("int8", {"key_id", "kind", "expire_time"}),
     "DELIVERY_FORGET": ("interval int8", set()),
     "DELIVERY_FORGET_ENDED": ("int8", set()),
     "NOTICE_FORGET": ("interval int8", set()),

@@ -59,6 +59,7 @@ LOG_COLUMNS = {"head", "timeline", "now_s", "is_member", "entity", "entity_id"}
 # What each constant takes and gives, as PostgreSQL understands it.
 STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "KEY_GET": ("text", KEY_COLUMNS),
+    "KEY_GET_MANY": ("text[]", KEY_COLUMNS),
     "KEY_LOCK": ("text", {"?column?"}),
     "KEY_LOCK_ORGANIZATION": ("text", {"id"}),
     "KEY_LIST": ("text text text text text bool int8", KEY_COLUMNS),

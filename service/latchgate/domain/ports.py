@@ -267,8 +267,8 @@ class Transaction(Protocol):
         the last thing that a transaction does, but for the answer to a request.
         """
 
-    async def publish(self, event: Event) -> None:
-        """Has an event sent out if this transaction is committed. Only with what the event is about locked."""
+    async def publish(self, *events: Event) -> None:
+        """Has events sent out in their order if this transaction is committed. Only with what they are about locked."""
 
     async def claim_request(self, slot: bytes, body_digest: bytes) -> AnsweredRequest | None:
         """Reserves a request's slot, after waiting for a twin that is under way; gives what the twin answered."""

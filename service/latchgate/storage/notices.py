@@ -10,13 +10,15 @@ from latchgate.domain.events import key_event
 from latchgate.domain.model import Key
 from latchgate.domain.outbox import EventType
 from latchgate.domain.ports import IdMaker
-from latchgate.storage import queries_outbox
+from latchgate.storage import queries, queries_outbox, rows
 from latchgate.storage.postgres import Database
 from latchgate.storage.transaction import PostgresTransaction
 
 SCAN_ROWS: Final = 1000
+# Few: no answer is given while what is told of them is written, and whoever would change one of their keys waits.
+PUBLISH_ROWS: Final = 50
 # As many as are published before others of the work beside the calls get a turn.
-PUBLISH_AT_ONCE: Final = 200
+PUBLISH_AT_ONCE: Final = 1000
 # How often it is written down up to which expiry was looked, if there is nothing to note.
 SCAN_PAUSE: Final = timedelta(seconds=30)
 
@@ -54,8 +56,11 @@ class Notices:
             if not await connection.fetchval(queries_outbox.NOTICE_EXISTS):
                 return 0
         published = 0
-        while published < PUBLISH_AT_ONCE and (told := await self._publish_one()) is not None:
+        for _ in range(0, PUBLISH_AT_ONCE, PUBLISH_ROWS):
+            taken, told = await self._publish_batch()
             published += told
+            if taken < PUBLISH_ROWS:
+                break
         return published
 
     async def note(self) -> None:
@@ -69,22 +74,23 @@ class Notices:
                 while await connection.fetchval(queries_outbox.EXPIRY_SCAN, kind, lead, SCAN_ROWS) == SCAN_ROWS:
                     pass
 
-    async def _publish_one(self) -> int | None:
-        """Publishes what one notice is about, if it still holds; None if there is no notice.
+    async def _publish_batch(self) -> tuple[int, int]:
+        """Publishes what some notices are about, as far as they still hold; gives how many notices and events.
 
-        With the key locked, as whoever changes it has it: its events are in their order.
+        With the keys locked, as whoever changes one has it: the events of each are in their order.
         """
         async with self._database.transaction() as connection:
-            row = await connection.fetchrow(queries_outbox.NOTICE_TAKE)
-            if row is None:
-                return None
-            transaction = PostgresTransaction(connection)
-            key = await transaction.lock_key(row["key_id"])
-            event_type = _event_type(key, row["kind"], row["expire_time"]) if key else None
-            if key and event_type:
-                await transaction.publish(key_event(self._make_id, event_type, key))
-            await connection.execute(queries_outbox.NOTICE_PUBLISHED, row["key_id"], row["kind"], row["expire_time"])
-        return 1 if event_type else 0
+            notices = await connection.fetch(queries_outbox.NOTICE_TAKE, PUBLISH_ROWS)
+            found = await connection.fetch(queries.KEY_GET_MANY, list({notice["key_id"] for notice in notices}))
+            keys = {row["id"]: rows.key(row) for row in found}
+            events = []
+            for notice in notices:
+                key = keys[notice["key_id"]]
+                event_type = _event_type(key, notice["kind"], notice["expire_time"])
+                if event_type:
+                    events.append(key_event(self._make_id, event_type, key))
+            await PostgresTransaction(connection).publish(*events)
+        return len(notices), len(events)
 
 
 def _event_type(key: Key, kind: str, expire_time: datetime) -> EventType | None:

@@ -33,11 +33,14 @@ CROSS JOIN LATERAL (
 # One key, also when it is deleted.
 KEY_GET = _KEY + "WHERE k.id = $1"
 
+# Likewise each of several.
+KEY_GET_MANY = _KEY + "WHERE k.id = ANY ($1::text[])"
+
 # One key of an organization that is locked, kept from change until the end of the transaction. Weak enough to let
 # secrets that refer to it be inserted.
 KEY_LOCK = "SELECT 1 FROM key WHERE id = $1 FOR NO KEY UPDATE"
 
-# The organization of a key, locked first: everyone takes organization before key.
+# The organization of a key, locked first: everyone who waits for locks takes organization before key.
 KEY_LOCK_ORGANIZATION = """
 SELECT o.id FROM organization o
 WHERE o.id = (SELECT k.organization_id FROM key k WHERE k.id = $1)

@@ -5,10 +5,15 @@ from __future__ import annotations
 # An advisory lock, which is a database's own: the number after those of latchgate.storage.queries.
 DISPATCH_LOCK = 0x6C617466
 
-# An event, beside the change that it tells of. With its subject locked: its number is larger than that of any earlier
-# event of the same subject, and it is not seen before those.
+# Events, beside the changes that they tell of, numbered in the order in which they are given. With their subjects
+# locked: the number of each is larger than that of any earlier event of the same subject, and it is not seen before
+# those.
 EVENT_INSERT = """
-INSERT INTO event (id, organization_id, type, subject, body, mail_to) VALUES ($1, $2, $3, $4, $5, $6)
+INSERT INTO event (id, organization_id, type, subject, body, mail_to)
+SELECT id, organization_id, type, subject, body, mail_to
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[])
+     WITH ORDINALITY AS given (id, organization_id, type, subject, body, mail_to, place)
+ORDER BY place
 """
 
 # The id of a delivery: that of its event with the webhook's in it, so that it sorts by the event's time.
@@ -339,16 +344,25 @@ ON CONFLICT DO NOTHING
 
 NOTICE_EXISTS = "SELECT EXISTS (SELECT 1 FROM key_notice WHERE publish_time IS NULL)"
 
-# One notice of which no event was made yet, kept from others until the end of the transaction.
+# Takes up to $1 notices of which no event was made yet, the oldest first, for good, and keeps their keys from change
+# until the end of the transaction. Waits for nobody, so that it is part of no deadlock, in whatever order others lock:
+# what they are at is left for later. The key first: of its notices no later one is taken while another worker is at one
+# before. Keys are to be read by a statement after this one, see ORGANIZATION_LOCK.
 NOTICE_TAKE = """
-SELECT key_id, kind, expire_time FROM key_notice WHERE publish_time IS NULL
-ORDER BY create_time
-LIMIT 1
-FOR UPDATE SKIP LOCKED
-"""
-
-NOTICE_PUBLISHED = """
-UPDATE key_notice SET publish_time = now() WHERE key_id = $1 AND kind = $2 AND expire_time = $3
+WITH taken AS MATERIALIZED (
+    SELECT n.key_id, n.kind, n.expire_time, n.create_time
+    FROM key_notice n JOIN key k ON k.id = n.key_id
+    WHERE n.publish_time IS NULL
+    ORDER BY n.create_time
+    LIMIT $1
+    FOR NO KEY UPDATE OF k SKIP LOCKED
+    FOR UPDATE OF n SKIP LOCKED
+), published AS (
+    UPDATE key_notice n SET publish_time = now()
+    FROM taken t
+    WHERE n.key_id = t.key_id AND n.kind = t.kind AND n.expire_time = t.expire_time
+)
+SELECT key_id, kind, expire_time FROM taken ORDER BY create_time
 """
 
 # Forgets up to $2 deliveries that were done longer ago than $1.

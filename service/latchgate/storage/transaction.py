@@ -194,16 +194,16 @@ class PostgresTransaction:
         if caller is not None:
             caller.call.is_recorded = True
 
-    async def publish(self, event: Event) -> None:
-        """Stores an event, to be sent out by whichever worker comes first."""
+    async def publish(self, *events: Event) -> None:
+        """Stores events in their order, to be sent out by whichever worker comes first."""
         await self._connection.execute(
             queries_outbox.EVENT_INSERT,
-            event.id,
-            event.organization_id,
-            event.type.value,
-            event.subject,
-            event.body,
-            event.mail_to,
+            [event.id for event in events],
+            [event.organization_id for event in events],
+            [event.type.value for event in events],
+            [event.subject for event in events],
+            [event.body for event in events],
+            [event.mail_to for event in events],
         )
         self.has_published = True
 
