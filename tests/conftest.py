@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -15,6 +13,7 @@ import pytest
 
 from latchgate.storage.embedded import EmbeddedPostgres
 from latchgate.storage.migrate import migrate
+from support.folders import cloning, quick_folder
 from support.service import RunningService, run_service
 
 TEMPLATE = "latchgate_template"
@@ -40,12 +39,12 @@ def postgres_url() -> Iterator[str]:
     if given:
         yield given
         return
-    with tempfile.TemporaryDirectory(prefix="latchgate-tests-") as folder:
-        server = EmbeddedPostgres.start(Path(folder))
+    with quick_folder("latchgate-tests-") as folder:
+        server = EmbeddedPostgres.start(folder)
         try:
             url = asyncio.run(server.create_database())
             # What is lost in a crash is not needed again.
-            settings = ("fsync = off", "synchronous_commit = off", "full_page_writes = off", "max_wal_size = '4GB'")
+            settings = ("fsync = off", "synchronous_commit = off", "full_page_writes = off", "max_wal_size = '1GB'")
             statements = [f"ALTER SYSTEM SET {setting}" for setting in settings]
             asyncio.run(_execute(url, *statements, "SELECT pg_reload_conf()"))
             yield url
@@ -75,7 +74,7 @@ async def empty_database_url(postgres_url: str) -> AsyncIterator[str]:
 async def database_url(postgres_url: str, template_url: str) -> AsyncIterator[str]:
     """A migrated database of the test's own."""
     name = f"test_{uuid.uuid4().hex}"
-    await _execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {urlsplit(template_url).path[1:]}")
+    await _execute(postgres_url, cloning(name, template_url))
     yield _with_database(postgres_url, name)
     await _execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
 

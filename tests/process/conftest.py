@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import structlog
 
 from latchgate.cli import main
+from support.folders import quick_folder
 from support.processes import SERVE, TRACEBACK
 
 Ending = Callable[..., tuple[int, str, str]]
@@ -22,12 +22,9 @@ Ending = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder of the test's own, for an embedded PostgreSQL. Not one of pytest's own.
-
-    As root the database runs as another user, who can not look into pytest's folders as soon as another pytest starts.
-    """
-    with tempfile.TemporaryDirectory(prefix="latchgate-process-") as made:
-        yield Path(made)
+    """A folder of the test's own, for an embedded PostgreSQL."""
+    with quick_folder("latchgate-process-") as made:
+        yield made
 
 
 @pytest.fixture
