@@ -39,7 +39,7 @@ run: $(STAMP) ## Start the service with its embedded database, and show a key's 
 .PHONY: test
 test: export PYTHONDONTWRITEBYTECODE :=
 test: $(STAMP) ## Run the tests against a real PostgreSQL that they start themselves
-	@$(BIN)/python -m pytest -q -m "not bench" --numprocesses auto --maxprocesses 4 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	@$(BIN)/python -m pytest -q -m "not bench" --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE))
 	@$(BIN)/python -m pytest -q $(ALONE)
 
 .PHONY: test-bench
