@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -143,7 +144,7 @@ async def test_order_holds_over_failures(hooks: Hooks, listener: Receiver) -> No
     key = (await hooks.tenant.key()).key
     await hooks.tenant.toggle(key.id)
     for status in (500, 429):
-        await until(lambda status=status: has_failed(hooks, status))
+        await until(partial(has_failed, hooks, status))
         await make_due(hooks.tenant.service)
     first, second, third, last = await listener.until(4)
     assert ["api_key.created"] * 3 + ["api_key.deactivated"] == listener.types
