@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -60,6 +61,9 @@ def ending(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
             if value is not None:
                 monkeypatch.setenv(f"LATCHGATE_{name}", value)
         status: object = 0
+        # A process that is about to become another one may look for garbage, too. Of a server it would wait for the
+        # threads to end, which it does not have.
+        gc.disable()
         # A command that goes on instead is told to stop; pytest's own time limit is not heard within its loop.
         watchdog = threading.Timer(30, os.kill, (os.getpid(), signal.SIGTERM))
         watchdog.start()
@@ -68,6 +72,7 @@ def ending(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         except SystemExit as ended:
             status = ended.code
         finally:
+            gc.enable()
             watchdog.cancel()
         assert isinstance(status, int)
         captured = capsys.readouterr()
