@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from enum import Enum
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -81,4 +81,12 @@ def serve_metrics(stack: AsyncExitStack, listen: str, registry: CollectorRegistr
     stack.callback(thread.join)
     stack.callback(server.server_close)
     stack.callback(server.shutdown)
+    stack.callback(_wake, server.socket)
     return f"{host}:{server.server_port}"
+
+
+def _wake(listener: socket.socket) -> None:
+    """Has a thread that waits for connections look up: by itself it does so each half second, and the stop with it."""
+    # Not everywhere can a socket that listens be shut down.
+    with suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)

@@ -72,6 +72,7 @@ def _alive(pids: set[int]) -> set[int]:
     return {pid for pid in pids if Path(f"/proc/{pid}").exists()}
 
 
+@pytest.mark.bench
 @needs_h2load
 @needs_two_cores
 async def test_a_run_writes_a_page_and_leaves_nothing_behind(postgres_url: str, tmp_path: Path) -> None:

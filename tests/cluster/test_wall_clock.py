@@ -6,7 +6,11 @@ import ast
 from pathlib import Path
 from typing import Final
 
+import pytest
+
 import latchgate
+from cluster.clock import CAN_BE_STEPPED
+from cluster.faults import FAULTS
 
 _PACKAGE: Final = Path(latchgate.__file__).parent
 _READS: Final = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
@@ -40,3 +44,9 @@ def test_a_reading_of_the_wall_clock_is_found() -> None:
     sources = ("import time\ntime.time()", "from time import time", "import datetime\ndatetime.datetime.now()")
     assert all(map(_reads, sources))
     assert {"time.CLOCK_REALTIME"} == _reads("import time\ntime.clock_gettime(time.CLOCK_REALTIME)")
+
+
+@pytest.mark.skipif(not CAN_BE_STEPPED, reason="libfaketime has no library for this platform")
+def test_clocks_are_among_the_faults() -> None:
+    """Where clocks can be stepped, they are."""
+    assert 4 == sum("clock" in name for name in FAULTS)

@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -26,6 +25,7 @@ from latchgate.storage.migrate import migrate
 from latchgate.storage.probe import DatabaseProbe
 from latchgate.storage.stores import PostgresStore
 from support.databases import connected, finding, opened, until
+from support.folders import quick_folder
 from support.processes import children, tell_each
 
 pytestmark = pytest.mark.skipif(
@@ -36,8 +36,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def data_dir() -> Iterator[Path]:
     """A data directory in which a server was made, and is not running. Its path is too long for a socket."""
-    with tempfile.TemporaryDirectory(prefix="latchgate-embedded-") as folder:
-        path = Path(folder) / ("long" * 20)
+    with quick_folder("latchgate-embedded-") as folder:
+        path = folder / ("long" * 20)
         server = EmbeddedPostgres.start(path)
         try:
             asyncio.run(_fill(server))

@@ -19,6 +19,7 @@ from latchgate.storage.lookups import find_many, lookup_link
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.stores import PostgresStore
 from support.databases import connected, opened, show
+from support.folders import cloning
 
 KEYS = 60_000
 PAGE = 100
@@ -64,7 +65,7 @@ def filled_url(postgres_url: str, template_url: str) -> Iterator[str]:
 
     async def make() -> None:
         async with connected(postgres_url) as connection:
-            await connection.execute(f"CREATE DATABASE {name} TEMPLATE {urlsplit(template_url).path[1:]}")
+            await connection.execute(cloning(name, template_url))
         async with connected(url) as connection:
             await connection.execute(FILL)
 

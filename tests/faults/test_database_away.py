@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from latchgate.storage.embedded import EmbeddedPostgres
 from latchgate.storage.lookups import STATEMENT_TIMEOUT_S
 from support.databases import connected, until, until_waiting
 from support.faults import NOT_SERVING, SERVING, FaultyWire, health_changes
+from support.folders import quick_folder
 from support.service import ROOT_TOKEN, TAG_KEY, CallError, RunningService, bearer, make_settings, refusal, run_service
 
 POOL_SIZE = 4
@@ -267,8 +267,8 @@ async def test_all_backends_terminated(wired: RunningService, database_url: str)
 @pytest.fixture
 def data_dir() -> Iterator[Path]:
     """A folder for a PostgreSQL of the test's own, where the user that it runs as can reach it."""
-    with tempfile.TemporaryDirectory(prefix="latchgate-faults-") as made:
-        yield Path(made)
+    with quick_folder("latchgate-faults-") as made:
+        yield made
 
 
 async def test_server_restarted(data_dir: Path) -> None:

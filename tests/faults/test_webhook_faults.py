@@ -19,9 +19,8 @@ from latchgate.storage.postgres import Connection
 from support.databases import connected, until
 from support.faults import FaultyWire
 from support.fleets import fleet
-from support.keys import make_tenant
 from support.service import ROOT_TOKEN, bearer, run_service
-from support.webhooks import LOOPBACK, Hooks, receiver
+from support.webhooks import LOOPBACK, make_hooks, receiver
 
 ROOT = bearer(ROOT_TOKEN)
 DUE = "UPDATE delivery SET next_time = now() WHERE state = 'pending'"
@@ -88,7 +87,7 @@ async def test_database_goes_away_while_it_is_sent(wire: FaultyWire, database_ur
         connected(database_url) as observer,
         run_service(wire.url(database_url), **settings) as service,
     ):
-        hooks = Hooks(tenant=await make_tenant(service, "acme"))
+        hooks = await make_hooks(service, "acme")
         await hooks.create(listener.url, "api_key.created")
         has_gone = asyncio.Event()
 
@@ -121,7 +120,7 @@ async def test_stop_waits_for_what_is_being_sent(database_url: str) -> None:
             return web.Response()
 
         async with run_service(database_url, webhook_private_networks=LOOPBACK) as service:
-            hooks = Hooks(tenant=await make_tenant(service, "acme"))
+            hooks = await make_hooks(service, "acme")
             await hooks.create(listener.url, "api_key.created")
             listener.answers.append(answer_late)
             await hooks.tenant.key()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 import structlog
 
 from latchgate.cli import main
+from support.folders import quick_folder
 from support.processes import SERVE, TRACEBACK
 
 Ending = Callable[..., tuple[int, str, str]]
@@ -22,12 +23,9 @@ Ending = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder of the test's own, for an embedded PostgreSQL. Not one of pytest's own.
-
-    As root the database runs as another user, who can not look into pytest's folders as soon as another pytest starts.
-    """
-    with tempfile.TemporaryDirectory(prefix="latchgate-process-") as made:
-        yield Path(made)
+    """A folder of the test's own, for an embedded PostgreSQL."""
+    with quick_folder("latchgate-process-") as made:
+        yield made
 
 
 @pytest.fixture
@@ -63,6 +61,9 @@ def ending(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
             if value is not None:
                 monkeypatch.setenv(f"LATCHGATE_{name}", value)
         status: object = 0
+        # A process that is about to become another one may look for garbage, too. Of a server it would wait for the
+        # threads to end, which it does not have.
+        gc.disable()
         # A command that goes on instead is told to stop; pytest's own time limit is not heard within its loop.
         watchdog = threading.Timer(30, os.kill, (os.getpid(), signal.SIGTERM))
         watchdog.start()
@@ -71,6 +72,7 @@ def ending(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         except SystemExit as ended:
             status = ended.code
         finally:
+            gc.enable()
             watchdog.cancel()
         assert isinstance(status, int)
         captured = capsys.readouterr()

@@ -159,6 +159,7 @@ async def test_renewal_that_fails(database_url: str, tmp_path: Path) -> None:
         scopes.write_text("")
         service.process.tell(signal.SIGHUP)
         await service.until_event("workers_not_renewed")
+        await service.until_event("worker_ended")
         assert "LATCHGATE_SCOPES_FILE" in service.events("worker_ended")[0]["problem"]
         await ask(service.address)
         assert all(is_running(service.pids(worker)[0]) for worker in WORKERS)

@@ -128,6 +128,12 @@ async def test_expiry_is_told_before(tenant: Tenant, server: Post) -> None:
     created = await tenant.key(user_email=ANN, expire_time=hours_ahead(24 * 6))
     await server.until(1)
     async with database_of(tenant.service) as connection:
+
+        async def has_looked() -> bool:
+            return bool(await connection.fetchval("SELECT 1 FROM expiry_scan WHERE kind = 'expiring_7'"))
+
+        # It does so for the first time soon after its start.
+        await until(has_looked)
         # As if a day had passed until the next look.
         await connection.execute("UPDATE expiry_scan SET until_time = until_time - interval '2 days'")
     _, letter = await server.until(2)

@@ -22,6 +22,7 @@ from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
 from latchgate.storage import queries
 from support.databases import until
+from support.folders import cloning
 from support.service import Metadata, RunningService, bearer
 
 NOBODYS_KEY = "key_00000000000000000000000000"
@@ -209,7 +210,7 @@ async def cloned_database(postgres_url: str, template_url: str) -> AsyncIterator
     name = f"shared_{uuid.uuid4().hex}"
     connection = await asyncpg.connect(postgres_url)
     try:
-        await connection.execute(f"CREATE DATABASE {name} TEMPLATE {urlsplit(template_url).path[1:]}")
+        await connection.execute(cloning(name, template_url))
         yield urlunsplit(urlsplit(postgres_url)._replace(path=f"/{name}"))
         await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
     finally:

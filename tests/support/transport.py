@@ -29,6 +29,7 @@ from apikeys.v1 import organization_service_pb2 as organizations_pb
 from apikeys.v1 import token_service_pb2 as tokens_pb
 from apikeys.v1 import usage_service_pb2 as usage_pb
 from apikeys.v1 import webhook_service_pb2 as webhooks_pb
+from support.folders import cloning
 from support.service import Metadata, RunningService, bearer
 from support.tokens import next_refresh_token
 from support.webhooks import PLANTED, next_deletable
@@ -153,7 +154,7 @@ async def fresh_database(postgres_url: str, template_url: str) -> AsyncIterator[
     name = f"transport_{uuid.uuid4().hex}"
     connection = await asyncpg.connect(postgres_url)
     try:
-        await connection.execute(f"CREATE DATABASE {name} TEMPLATE {urlsplit(template_url).path[1:]}")
+        await connection.execute(cloning(name, template_url))
         try:
             yield urlunsplit(urlsplit(postgres_url)._replace(path=f"/{name}"))
         finally:

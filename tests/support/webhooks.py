@@ -166,8 +166,13 @@ class Hooks:
 
 
 async def make_hooks(service: RunningService, name: str) -> Hooks:
-    """Makes a tenant whose admin's key counts as used before: of its first use nobody is told."""
+    """Makes a tenant whose admin's key counts as told of and as used before: webhooks that come hear of neither."""
     tenant = await make_tenant(service, name)
+    await execute(
+        service,
+        "UPDATE event SET dispatch_time = now() WHERE organization_id = $1 AND dispatch_time IS NULL",
+        tenant.id,
+    )
     await execute(
         service,
         "INSERT INTO key_notice (key_id, kind, expire_time, publish_time) VALUES ($1, 'first_used', 'epoch', now())",
