@@ -60,7 +60,8 @@ _FILL = (
     ) known USING (n)
     ORDER BY n
     """,
-    "INSERT INTO last_used (secret_id) SELECT id FROM secret ORDER BY id",
+    # Used before, long ago: of first uses somebody would be told, once for each key.
+    "INSERT INTO last_used (secret_id, used_time) SELECT id, '2020-01-01' FROM secret ORDER BY id",
 )
 
 
@@ -208,10 +209,10 @@ def _mint(count: int) -> list[MintedToken]:
 
 
 async def distinct_keys_used(url: str) -> int:
-    """Gives for how many keys a last use is stored."""
+    """Gives for how many keys a use was stored since they were filled in."""
     connection = await asyncpg.connect(url)
     try:
-        count: int = await connection.fetchval("SELECT count(used_time) FROM last_used")
+        count: int = await connection.fetchval("SELECT count(*) FROM last_used WHERE used_time > '2020-01-02'")
     finally:
         await connection.close()
     return count

@@ -286,7 +286,7 @@ async def test_uses_that_are_counted_in_place_are_written_once(
     usage = UsageBuffer(database)
     record = of(secret_id)
     uses = usage.used(record, NOON_S)
-    record.count_in(uses=uses)
+    record.uses = uses
     assert uses.until_s == NOON_S + usage_module.HOUR_S
     uses.valid += 2
     uses.used_s = NOON_S + 1

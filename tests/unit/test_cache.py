@@ -316,7 +316,7 @@ def test_with_room_for_some_it_holds_no_more_than_the_naive_one(steps: list[tupl
             assert naive.get(digest_of(step[1]), now) == cache.get(digest_of(step[1]), now)
         if now % 5 == 4:
             for each in map(digest_of, range(8)):
-                assert cache.get(each, now) in {None, naive.get(each, now)}
+                assert cache.get(each, now) in (None, naive.get(each, now))
     for number in range(100, 100 + 3 * max_keys):
         cache.put(digest_of(number), record_of(number, organization=9, plan=9), LATER_S)
     assert max_keys == len(cache)
@@ -369,7 +369,7 @@ def test_memory_of_a_key() -> None:
         for number in range(KEYS):
             record = rows.key_record(cast("rows.Row", row_of(number)), show)
             assert limiter.take(record.key_id, 60_000, 1) is not None
-            record.count_in(permits=limiter.permits(record.key_id))
+            record.permits = limiter.permits(record.key_id)
             cache.put(digest_of(number), record, 1000.0 + number)
         gc.collect()
         after, _ = tracemalloc.get_traced_memory()

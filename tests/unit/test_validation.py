@@ -1136,7 +1136,7 @@ def test_what_is_wrong_with_a_key_is_found_however_it_is_counted(outcome: Outcom
     """That its uses are counted in place lets no key through that is not good by now, and charges it nothing."""
     key = counted()
     wrong = AFFLICTIONS[outcome](key.record)
-    wrong.count_in(permits=key.permits, uses=key.uses)
+    wrong.permits, wrong.uses = key.permits, key.uses
     key.scene.memory.known = Lookup(wrong, NOW_S, REVISION)
     assert outcome is key.recall().outcome
     assert (SPARE, 20, 0) == (key.permits.left, key.permits.used, key.uses.valid)
@@ -1187,7 +1187,7 @@ async def test_counting_in_place_comes_to_the_same(steps: list[tuple[str, float]
             continue
         scene.memory.known = Lookup(record, NOW_S, REVISION)
         recalled = recalling.recall(TOKEN.encode(), Need.of(NEEDED, "", int(number), 0))
-        other.count_in(permits=NO_PERMITS)
+        other.permits = NO_PERMITS
         scene.memory.known = Lookup(other, NOW_S, REVISION)
         asked = asking.recall(TOKEN.encode(), Need.of(NEEDED, "", int(number), 0))
         assert recalled == asked

@@ -272,8 +272,7 @@ class Changed:
     effect: Effect
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyIdentity:
+class KeyIdentity(NamedTuple):
     """What an answer shows of a key. Times are in seconds since 1970; `end_s` is infinite where no end is set."""
 
     key_id: str
@@ -323,7 +322,7 @@ NO_PERMITS: Final = Permits()
 NO_USES: Final = Uses(-math.inf)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class KeyRecord:
     """What validation needs of one secret, its key, organization and plan. Made once, when it is loaded.
 
@@ -331,8 +330,8 @@ class KeyRecord:
     infinite where none is set. `shown` is the KeyIdentity as the transport has written it.
 
     `good_until_s` is told from the others: until then, of the same clock, nothing about the key itself is to be said
-    against its use. `permits` and `uses` are where its uses are counted, for as long as these say; all else never
-    changes.
+    against its use. `permits` and `uses` are where its uses are counted, for as long as these say: these two are
+    changed, and nothing else ever is. It is not frozen only because one is made for every lookup.
     """
 
     secret_id: int
@@ -355,14 +354,7 @@ class KeyRecord:
     def __post_init__(self) -> None:
         """Tells until when the key is good."""
         is_good = self.active and self.organization_active and not self.revoked
-        object.__setattr__(self, "good_until_s", min(self.expire_s, self.secret_end_s) if is_good else -math.inf)
-
-    def count_in(self, *, permits: Permits | None = None, uses: Uses | None = None) -> None:
-        """Has the next uses of the key counted in these, which need not be looked for then."""
-        if permits is not None:
-            object.__setattr__(self, "permits", permits)
-        if uses is not None:
-            object.__setattr__(self, "uses", uses)
+        self.good_until_s = min(self.expire_s, self.secret_end_s) if is_good else -math.inf
 
 
 class Lookup(NamedTuple):

@@ -184,7 +184,7 @@ class Validator:
             if uses.used_s < now_s:  # noqa: PLR1730 - a call of max takes as long as all the rest
                 uses.used_s = now_s
         else:
-            record.count_in(uses=self._usage.used(record, now_s))
+            record.uses = self._usage.used(record, now_s)
         return _VALID, revision, now_s, record, rate
 
     async def validate(
@@ -279,9 +279,9 @@ class Validator:
                 return None
             if not rate.allowed:
                 outcome = Outcome.RATE_LIMITED
-            record.count_in(permits=self._limiter.permits(record.key_id))
+            record.permits = self._limiter.permits(record.key_id)
         if outcome is _VALID:
-            record.count_in(uses=self._usage.used(record, now_s))
+            record.uses = self._usage.used(record, now_s)
         else:
             self._usage.refused(record, outcome, now_s)
         return Verdict(outcome, revision, now_s, record, rate)

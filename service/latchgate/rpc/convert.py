@@ -360,8 +360,9 @@ def identity(key: KeyIdentity) -> bytes:
     _set_seconds(message.create_time, key.create_s)
     if key.end_s != math.inf:
         _set_seconds(message.expire_time, key.end_s)
-    if key.metadata:
-        message.metadata.update(key.metadata)
+    metadata = message.metadata
+    for name, value in key.metadata.items():
+        metadata[name] = value
     return message.SerializeToString()
 
 

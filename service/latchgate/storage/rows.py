@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from ipaddress import ip_network
 from sys import intern
+from typing import Final
 
 import asyncpg
 
@@ -33,6 +34,9 @@ from latchgate.domain.trail import SuspiciousUse
 
 Row = asyncpg.Record
 Show = Callable[[KeyIdentity], bytes]
+
+_KEY_TYPES: Final = {each.value: each for each in KeyType}
+_ENVIRONMENTS: Final = {each.value: each for each in Environment}
 
 
 def key(row: Row) -> Key:
@@ -91,7 +95,7 @@ def key_record(row: Row, show: Show) -> KeyRecord:
         organization_active=row["organization_active"],
         plan_id=intern(row["plan_id"]),
         grants=_grants(permissions),
-        networks=tuple(_network(cidr) for cidr in row["allowed_cidrs"]),
+        networks=tuple(map(_network, row["allowed_cidrs"])),
         rate_limit_per_minute=row["rate_limit_per_minute"],
         active=row["active"],
         revoked=row["revoked"],
@@ -105,8 +109,8 @@ def key_record(row: Row, show: Show) -> KeyRecord:
                 user_id=row["user_id"],
                 user_email=row["user_email"],
                 key_name=row["key_name"],
-                key_type=KeyType(row["key_type"]),
-                environment=Environment(row["environment"]),
+                key_type=_KEY_TYPES[row["key_type"]],
+                environment=_ENVIRONMENTS[row["environment"]],
                 permissions=permissions,
                 create_s=row["create_s"],
                 end_s=min(expire_s, secret_end_s),

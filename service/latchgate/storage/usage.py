@@ -52,7 +52,7 @@ class _Uses(Uses):
         """Has what comes from now on counted elsewhere. A record that is held for long does not hold this, too."""
         self.until_s = NO_USES.until_s
         if self.record is not None and self.record.uses is self:
-            self.record.count_in(uses=NO_USES)
+            self.record.uses = NO_USES
 
     def counts(self) -> list[tuple[int, int]]:
         """Gives pairs of an outcome's number and how often it was answered, by the number."""
