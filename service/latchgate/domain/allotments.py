@@ -173,7 +173,7 @@ class Allotments:
             ask = share.ask(now_s)
             if ask is not None:
                 asks.append(ask)
-            elif share.permits.left == share.standing() and not share.lacking and not share.backs:
+            elif share.permits.left == share.standing() and not share.lacking:
                 self._deactivate(share)
         return asks
 

@@ -34,6 +34,7 @@ OUTCOME_NUMBERS: Final = {
     Outcome.ADDRESS_DENIED: 8,
     Outcome.RATE_LIMITED: 9,
 }
+_VALID_NUMBER: Final = OUTCOME_NUMBERS[Outcome.VALID]
 
 
 class _Uses(Uses):
@@ -54,11 +55,13 @@ class _Uses(Uses):
         if self.record is not None and self.record.uses is self:
             self.record.uses = NO_USES
 
-    def counts(self) -> list[tuple[int, int]]:
+    def counts(self) -> Sequence[tuple[int, int]]:
         """Gives pairs of an outcome's number and how often it was answered, by the number."""
-        counts = [(OUTCOME_NUMBERS[outcome], count) for outcome, count in (self.refused or {}).items()]
+        if self.refused is None:
+            return ((_VALID_NUMBER, self.valid),)
+        counts = [(OUTCOME_NUMBERS[outcome], count) for outcome, count in self.refused.items()]
         if self.valid:
-            counts.append((OUTCOME_NUMBERS[Outcome.VALID], self.valid))
+            counts.append((_VALID_NUMBER, self.valid))
         return sorted(counts)
 
 
@@ -188,22 +191,20 @@ async def _write(connection: Connection, part: _Part) -> None:
         first = await connection.fetch(queries.LAST_USED_UPDATE, *_columns(used))
         if first:
             await connection.execute(queries_outbox.KEY_NOTE_FIRST_USED, [row["secret_id"] for row in first])
-    counts = [
-        (secret_id, uses.organization_id, outcome, count)
-        for secret_id, uses in part.uses
-        for outcome, count in uses.counts()
-    ]
-    sums: Counter[tuple[str, int]] = Counter()
-    for _, organization_id, outcome, count in counts:
-        sums[organization_id, outcome] += count
-    by_secret = [(secret_id, outcome, count) for secret_id, _, outcome, count in counts]
+    by_secret: list[tuple[int, int, int]] = []
+    sums: dict[tuple[str, int], int] = {}
+    for secret_id, uses in part.uses:
+        for outcome, count in uses.counts():
+            by_secret.append((secret_id, outcome, count))
+            summed = uses.organization_id, outcome
+            sums[summed] = sums.get(summed, 0) + count
     by_organization = [(organization_id, outcome, count) for (organization_id, outcome), count in sorted(sums.items())]
     await connection.execute(queries_usage.USAGE_SECRET_ADD, part.hour, *_columns(by_secret))
     await connection.execute(queries_usage.USAGE_ORGANIZATION_ADD, part.hour, *_columns(by_organization))
 
 
-def _columns(rows: Sequence[tuple[object, ...]]) -> list[list[object]]:
-    return [list(column) for column in zip(*rows, strict=True)]
+def _columns(rows: Sequence[tuple[object, ...]]) -> list[Sequence[object]]:
+    return list(zip(*rows, strict=True))
 
 
 async def forget_usage(database: Database, kept: timedelta) -> None:
