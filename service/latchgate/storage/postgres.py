@@ -154,7 +154,13 @@ class Database:
     async def connection(self) -> AsyncIterator[Connection]:
         """Lends a connection of the management pool for statements of their own."""
         async with _lent(self.management) as connection:
-            yield connection
+            try:
+                yield connection
+            except TimeoutError:
+                raise
+            except BaseException:
+                await _settle(connection)
+                raise
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
@@ -201,6 +207,22 @@ def _cut(connection: Connection) -> None:
     """Ends a connection without a word to the server; one that was lost before is back in its pool by now."""
     with suppress(asyncpg.InterfaceError):
         connection.terminate()
+
+
+async def _settle(connection: Connection) -> None:
+    """Brings a session to rest after a statement that failed or was given up, or cuts it.
+
+    One that is given up while the server prepares it leaves the session within it, with a transaction of its own that
+    is open for as long as nobody asks for more.
+    """
+    try:
+        async with asyncio.timeout(ROLLBACK_TIMEOUT_S):
+            await connection.execute("SELECT 1")
+    except (asyncpg.PostgresError, *_AWAY):
+        _cut(connection)
+    except BaseException:
+        _cut(connection)
+        raise
 
 
 async def _roll_back(connection: Connection, transaction: asyncpg.transaction.Transaction) -> None:
