@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
@@ -97,7 +98,8 @@ class ForeignLookupBudget:
 class Patience:
     """Makes those wait who try tokens that nobody knows, when they are many.
 
-    `per_second` such answers are given at once; each beyond waits for `delay_s` seconds. Who asks again as soon as an
+    `per_second` such answers are given at once; each beyond waits for `delay_s` seconds, more or less by a half: those
+    who wait do not all come back in one moment, in which a good token would wait for them. Who asks again as soon as an
     answer is there, as a flood does behind a gateway with so many connections, is slowed down by its own waiting, and
     leaves the processor to those with good tokens. Nobody else waits for it.
     """
@@ -108,12 +110,14 @@ class Patience:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         per_second: float = 200.0,
         delay_s: float = 0.1,
+        draw: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        """Takes a clock in seconds that never goes back, and what waits."""
+        """Takes a clock in seconds that never goes back, what waits, and what draws a number from two others."""
         self._monotonic = monotonic
         self._sleep = sleep
         self._per_second = per_second
         self._delay_s = delay_s
+        self._draw = draw
         self._left = per_second
         self._filled_s = monotonic()
 
@@ -125,7 +129,7 @@ class Patience:
         if self._left >= 1:
             self._left -= 1
         else:
-            await self._sleep(self._delay_s)
+            await self._sleep(self._draw(self._delay_s / 2, self._delay_s * 3 / 2))
 
 
 class Validator:
