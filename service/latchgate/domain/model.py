@@ -1,4 +1,7 @@
-"""The values that the rules speak of. All are frozen; all times are timezone-aware."""
+"""The values that the rules speak of. All times are timezone-aware.
+
+All are frozen but Call, KeyRecord, and what uses are counted in.
+"""
 
 from __future__ import annotations
 
