@@ -361,7 +361,7 @@ async def _patiently(attempt: Callable[[], Awaitable[Result]]) -> Result:
 
 async def _flush_last(usage: UsageBuffer) -> None:
     try:
-        await usage.flush()
+        await usage.finish()
     except Exception as error:  # noqa: BLE001 - what comes after it in stopping must come
         _log.warning("usage_lost", error=type(error).__name__)
 

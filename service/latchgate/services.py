@@ -178,8 +178,8 @@ def make_backend(parts: Parts, core: Core) -> Backend:
         EXT_AUTHZ_SERVICE.full_name: ExtAuthz(validator=validator, reader=reader, writer=writer, outcomes=metrics),
     }
     recalls: dict[str, FromMemory] = {
-        VALIDATE.full_name: Recall(validator, answers, metrics.tally(method_name(VALIDATE)), metrics),
-        CHECK.full_name: CheckRecall(validator, reader, writer, metrics.tally(method_name(CHECK)), metrics),
+        VALIDATE.full_name: Recall(validator, answers, metrics.tally(method_name(VALIDATE)), metrics).answer,
+        CHECK.full_name: CheckRecall(validator, reader, writer, metrics.tally(method_name(CHECK)), metrics).answer,
     }
     return Backend(
         validator=validator,

@@ -7,7 +7,7 @@ nothing else. Its arguments are the port to listen on, a file that holds the ans
 - `policy`: the system's usual scheduling policy
 - `asyncio`: asyncio's own event loop
 - `bytes`: requests and answers are not read and written, but passed on as bytes
-- `awaitable`: the handler looks as if it could be awaited itself, as the service's does
+- `coroutine`: the handler says that it is a coroutine, as the service's does
 - `NAME=NUMBER`: an option of grpc
 """
 
@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Collection, Generator
+from collections.abc import Collection
 from pathlib import Path
+from types import CoroutineType
 from typing import Any
 
 import grpc
@@ -28,17 +29,16 @@ from latchgate.rpc.server import KEY_SERVICE, OPTIONS
 from latchgate.scheduling import schedule_for_throughput
 
 
-class _Awaitable:
+class _SaidToBeACoroutine:
     """A handler that grpc need not look into."""
+
+    __class__ = CoroutineType  # type: ignore[assignment]
 
     def __init__(self, answer: Any) -> None:
         self._answer = answer
 
     async def __call__(self, _request: Any, _context: Any) -> Any:
         return self._answer
-
-    def __await__(self) -> Generator[None]:
-        raise TypeError("only what a call gives can be awaited")
 
 
 async def serve(port: int, written: bytes, choices: Collection[str]) -> None:
@@ -50,7 +50,7 @@ async def serve(port: int, written: bytes, choices: Collection[str]) -> None:
         return answer
 
     handler = grpc.unary_unary_rpc_method_handler(
-        _Awaitable(answer) if "awaitable" in choices else validate,
+        _SaidToBeACoroutine(answer) if "coroutine" in choices else validate,
         request_deserializer=None if is_raw else pb.ValidateRequest.FromString,
         response_serializer=None if is_raw else pb.ValidateResponse.SerializeToString,
     )

@@ -79,7 +79,7 @@ GROUPS: tuple[tuple[Setting, ...], ...] = (
     (
         Setting(name="BDP probes", choices=("grpc.http2.bdp_probe=1",), taken="without"),
         Setting(name="bytes instead of messages", choices=("bytes",), taken="so"),
-        Setting(name="bytes, and a handler that looks awaitable", choices=("bytes", "awaitable"), taken="so"),
+        Setting(name="bytes, and a handler that says it is a coroutine", choices=("bytes", "coroutine"), taken="so"),
     ),
     (
         Setting(name="grpc's minimal stack", choices=("grpc.minimal_stack=1",), taken="no: connections would not age"),

@@ -34,7 +34,7 @@ def lease_counted_from_the_reply() -> None:
     def read_late(self: Coherence, reading: LogReading, *, sent_s: float, is_renewal: bool) -> Reading:
         result = read(self, reading, sent_s=sent_s, is_renewal=is_renewal)
         if is_renewal and result is not Reading.EVICTED:
-            self._lease_until_s = self._boottime() + self.terms.usable_s
+            self.lease_until_s = self._boottime() + self.terms.usable_s
         return result
 
     Coherence.read = read_late  # type: ignore[method-assign]
@@ -112,7 +112,7 @@ def renews_without_reading() -> None:
         )
         if status == "UPDATE 0":
             return await read(self, connection, is_renewal=True)
-        self._coherence._lease_until_s = sent_s + self._coherence.terms.usable_s
+        self._coherence.lease_until_s = sent_s + self._coherence.terms.usable_s
         self._renewal_due_s = sent_s + self._coherence.terms.length_s / RENEWALS_A_LEASE
         return Reading.APPLIED
 
@@ -139,7 +139,7 @@ def lease_never_ends() -> None:
     def read_for_ever(self: Coherence, reading: LogReading, *, sent_s: float, is_renewal: bool) -> Reading:
         result = read(self, reading, sent_s=sent_s, is_renewal=is_renewal)
         if is_renewal and result is not Reading.EVICTED:
-            self._lease_until_s = float("inf")
+            self.lease_until_s = float("inf")
         return result
 
     Coherence.read = read_for_ever  # type: ignore[method-assign]
@@ -157,14 +157,14 @@ def evicted_keeps_its_memory() -> None:
     evicted: set[Coherence] = set()
 
     def leave(self: Coherence) -> None:
-        self._lease_until_s = float("-inf")
+        self.lease_until_s = float("-inf")
         evicted.add(self)
 
     def read_on(self: Coherence, reading: LogReading, *, sent_s: float, is_renewal: bool) -> Reading:
         if self in evicted and reading.is_member and is_renewal:
             evicted.discard(self)
             self.applied_revision = reading.head
-            self._lease_until_s = sent_s + self.terms.usable_s
+            self.lease_until_s = sent_s + self.terms.usable_s
             return Reading.APPLIED
         return read(self, reading, sent_s=sent_s, is_renewal=is_renewal)
 

@@ -176,6 +176,28 @@ async def test_statements_are_kept_apart_where_lookups_come_in_numbers(
     assert [lookup(1), lookup(1), lookup(2), lookup(2)] == await asyncio.gather(*first, *second)
 
 
+async def test_statements_are_kept_apart_from_the_answer_on(statements: Statements, observer: Observer) -> None:
+    """However long a statement for several has taken, those that it was for are given time to come back together: the
+    first of them does not have one of its own, for which all others would wait.
+    """
+    clock = ManualClock()
+    reader = make_reader(statements, observer, spacing_s=0.2, clock=clock)
+    first = await asked(reader, A, B)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not statements.sent.empty()
+    clock.advance(7200)
+    assert [A, B] == await statements.answer(1)
+    await asyncio.gather(*first)
+    back = await asked(reader, A)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert statements.sent.empty()
+    back += await asked(reader, B)
+    assert [A, B] == await statements.answer(2)
+    assert [lookup(2)] * 2 == await asyncio.gather(*back)
+
+
 async def test_lookup_that_comes_alone_waits_for_nothing(statements: Statements, observer: Observer) -> None:
     """Where lookups come one by one, each is sent at once."""
     reader = make_reader(statements, observer, spacing_s=3600)

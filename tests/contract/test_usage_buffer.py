@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 import pytest
 
@@ -86,6 +87,71 @@ async def test_flush_is_split_into_batches(
     assert [NOON + number * SECOND for number in range(5)] == await _times(observer)
     transactions = await observer.fetchval("SELECT count(DISTINCT xmin::text) FROM last_used WHERE secret_id > 1")
     assert 3 == transactions
+
+
+async def _written(observer: Connection) -> list[int]:
+    return [number for number, time in enumerate(await _times(observer)) if time is not None]
+
+
+async def test_of_many_the_oldest_are_written_first(
+    database: Database, store: PostgresStore, observer: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flush writes no more than so many secrets: those that have waited for longest; what comes for one of the
+    others until its turn is written with it.
+    """
+    monkeypatch.setattr(usage_module, "FLUSH_SECRETS", 2)
+    usage = UsageBuffer(database)
+    secrets = await _secrets(store, observer, 5)
+    for place in (3, 0, 1, 4, 2):
+        usage.used(of(secrets[place]), NOON_S)
+    for written, pending in (([0, 3], 3), ([0, 1, 3, 4], 1), ([0, 1, 2, 3, 4], 0)):
+        usage.used(of(secrets[2]), NOON_S + 1)
+        await usage.flush()
+        assert (written, pending) == (await _written(observer), usage.pending)
+    assert [NOON, NOON, NOON + SECOND, NOON, NOON] == await _times(observer)
+    assert 3 == await observer.fetchval("SELECT count FROM usage_by_secret WHERE secret_id = $1", secrets[2]) - 1
+
+
+async def test_nothing_waits_for_more_than_six_flushes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many secrets were used, all are written by the sixth flush from then on, in about equal parts, also where
+    others are used meanwhile.
+    """
+    monkeypatch.setattr(usage_module, "FLUSH_SECRETS", 1)
+    usage = UsageBuffer(database)
+    for number in range(600):
+        usage.used(of(1000 + number), NOON_S)
+    written = [0]
+    for flush in range(1, 13):
+        if flush in {1, 2, 3}:
+            for number in range(60):
+                usage.used(of(1000 + 600 * flush + number), NOON_S)
+        await usage.flush()
+        written.append(600 + 60 * min(flush, 3) - usage.pending)
+    assert written[5] < 600 <= written[6]
+    assert (660, 720, 780) <= tuple(written[6:9])
+    assert max(after - before for before, after in pairwise(written)) <= 130
+
+
+async def test_flush_is_bounded_over_hours(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an hour leaves of so many secrets a flush is for those of the next hour."""
+    monkeypatch.setattr(usage_module, "FLUSH_SECRETS", 3)
+    usage = UsageBuffer(database)
+    for number in range(6):
+        usage.used(of(1000 + number), NOON_S + 3600 * (number > 0))
+    await usage.flush()
+    assert 3 == usage.pending
+
+
+async def test_finish_writes_all(
+    database: Database, store: PostgresStore, observer: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the end everything is written at once, of whatever hours, with what was not known to be written before."""
+    monkeypatch.setattr(usage_module, "FLUSH_SECRETS", 1)
+    usage = UsageBuffer(database)
+    for number, secret_id in enumerate(await _secrets(store, observer, 5)):
+        usage.used(of(secret_id), NOON_S + 3600 * (number % 2))
+    await usage.finish()
+    assert ([0, 1, 2, 3, 4], 0) == (await _written(observer), usage.pending)
 
 
 async def test_time_never_goes_back(database: Database, store: PostgresStore, observer: Connection) -> None:

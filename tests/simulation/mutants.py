@@ -40,7 +40,7 @@ _look = EffectPoller._look
 def _lease_from_reply(self: Coherence, reading: LogReading, *, sent_s: float, is_renewal: bool) -> Reading:
     result = _read(self, reading, sent_s=sent_s, is_renewal=is_renewal)
     if is_renewal and reading.is_member:
-        self._lease_until_s = self._boottime() + self.terms.usable_s
+        self.lease_until_s = self._boottime() + self.terms.usable_s
     return result
 
 
@@ -118,7 +118,7 @@ async def _join_in_one_transaction(self: Membership, connection: Any) -> None:
 
 def _renewal_unread(self: Coherence, reading: LogReading, *, sent_s: float, is_renewal: bool) -> Reading:
     if is_renewal and reading.is_member and self._timeline:
-        self._lease_until_s = sent_s + self.terms.usable_s
+        self.lease_until_s = sent_s + self.terms.usable_s
         return Reading.APPLIED
     return _read(self, reading, sent_s=sent_s, is_renewal=is_renewal)
 
@@ -138,7 +138,7 @@ def _clock_from_reply(self: DatabaseClock, now_s: float, *, sent_s: float, heard
 def _endless_lease(self: Coherence, reading: LogReading, *, sent_s: float, is_renewal: bool) -> Reading:
     result = _read(self, reading, sent_s=sent_s, is_renewal=is_renewal)
     if is_renewal and reading.is_member:
-        self._lease_until_s = float("inf")
+        self.lease_until_s = float("inf")
     return result
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import random
 
+import pytest
+
 from latchgate.domain.allotments import Allotments
 from latchgate.domain.model import NO_PERMITS, RateState
 from latchgate.domain.ports import RateAsk
-from latchgate.domain.shares import LIFE_S, WINDOW_SLOTS
+from latchgate.domain.shares import LIFE_S, WINDOW_SLOTS, Share
 from support.limits import MemoryRateStore
 from support.records import ManualClock
 
@@ -419,3 +421,75 @@ def asks_of_some_minutes(limit: int) -> tuple[int, int]:
         asks += len(sent)
         back += sum(1 for ask in sent if ask.back and not ask.wanted and not ask.charged)
     return asks, back
+
+
+def steadily_used(bench: Bench, ticks: int) -> int:
+    """Has a key used five times in three ticks, which are 50 ms apart; gives how often it was admitted at once."""
+    admitted = 0
+    for number in range(ticks):
+        for _ in range(1 + (number % 3 > 0)):
+            if bench.take() is None:
+                bench.need()
+            else:
+                admitted += 1
+        bench.clock.advance(0.05)
+        bench.exchange()
+    return admitted
+
+
+def test_far_from_the_limit_a_key_is_looked_at_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With permits for a while, a key far from its limit is not gone into at each tick: there may be very many such."""
+    looks = 0
+    ask = Share.ask
+
+    def counting(share: Share, now_s: float) -> RateAsk | None:
+        nonlocal looks
+        looks += 1
+        return ask(share, now_s)
+
+    monkeypatch.setattr(Share, "ask", counting)
+    bench = Bench(limit=1_000_000)
+    bench.allotments = Allotments(bench.clock, stands_after_s=math.inf)
+    steadily_used(bench, 1000)
+    assert 100 < looks < 500
+
+
+def test_key_that_has_run_out_is_seen_to_at_the_next_tick() -> None:
+    """However long its permits were to last: who has used them up at once is asked for more with the next tick, and no
+    request waits for it.
+    """
+    bench = Bench(limit=1_000_000)
+    bench.allotments = Allotments(bench.clock, stands_after_s=math.inf)
+    steadily_used(bench, 100)
+    bench.exchange()
+    left = bench.allotments.permits(KEY).left
+    assert left > 3
+    assert all(bench.take() for _ in range(left + 1))
+    bench.clock.advance(0.05)
+    assert [1] == [ask.charged for ask in bench.exchange()]
+    assert bench.allotments.permits(KEY).left > 3
+
+
+def test_farewell_gives_back_what_was_to_last() -> None:
+    """A worker that goes gives back the permits of keys, too, that were not to be looked at for a while."""
+    bench = Bench(limit=1_000_000)
+    bench.allotments = Allotments(bench.clock, stands_after_s=math.inf)
+    steadily_used(bench, 100)
+    bench.exchange()
+    assert bench.allotments.permits(KEY).left > 3
+    used = bench.used - bench.allotments.permits(KEY).left
+    for asks in bench.allotments.farewell():
+        bench.allotments.hear(asks, bench.store.step(asks), bench.clock())
+    assert used == bench.used
+
+
+def test_key_that_is_not_used_any_more_is_let_go_of() -> None:
+    """However much a key was used: once it is not any more, its permits are given back, and nothing more is asked."""
+    bench = Bench(limit=1_000_000)
+    bench.allotments = Allotments(bench.clock, stands_after_s=math.inf)
+    admitted = steadily_used(bench, 100)
+    for _ in range(60):
+        bench.clock.advance(0.05)
+        bench.exchange()
+    assert bench.allotments.is_idle
+    assert admitted == bench.used

@@ -109,11 +109,9 @@ def test_answer_holds_what_is_known() -> None:
     found, none = worker.memory.find(A, 5), worker.memory.find(UNKNOWN, 5)
     assert found is not None
     assert none is not None
-    (record, now_s, revision, local_s), (nothing, *same) = found, none
-    assert (KEY_RECORD, 5, worker.clock()) == (record, revision, local_s)
-    assert nothing is None
-    assert [now_s, revision, local_s] == same
-    assert pytest.approx(NOW_S + worker.clock(), abs=1e-3) == now_s
+    assert (KEY_RECORD, 5) == (found.record, found.revision)
+    assert Lookup(None, found.now_s, found.revision) == none
+    assert pytest.approx(NOW_S + worker.clock(), abs=1e-3) == found.now_s
     assert worker.memory.find(B, 0) is None
     assert 2 == worker.memory.hits
 

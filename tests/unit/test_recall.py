@@ -62,7 +62,7 @@ def test_what_is_needed_is_what_protobuf_reads(request: pb.ValidateRequest) -> N
     raw = request.SerializeToString()
     for _ in range(2):
         try:
-            answer = recall(raw)
+            answer = recall.answer(raw)
         except IndexError:
             assert len(raw) < 2
             return
@@ -85,7 +85,7 @@ def test_what_is_answered_is_what_the_bytes_say(raw: bytes, tail: bytes) -> None
     recall = recalling(Judge())
     for data in (raw, raw + tail):
         try:
-            answer = recall(data)
+            answer = recall.answer(data)
         except Exception:  # noqa: BLE001, S112 - whatever it is, the request is gone into
             continue
         if answer is not None:
@@ -96,7 +96,7 @@ def test_the_last_token_counts() -> None:
     """Of two tokens in one request the last one counts for protobuf: such a request is gone into."""
     judge = Judge()
     raw = pb.ValidateRequest(token=TOKEN).SerializeToString() + pb.ValidateRequest(token="other").SerializeToString()
-    assert recalling(judge)(raw) is None
+    assert recalling(judge).answer(raw) is None
     assert [] == judge.asked
 
 
@@ -104,8 +104,8 @@ def test_a_cut_token_is_no_request() -> None:
     """A message that ends before its token does is none, even if what there is of it would be a token."""
     judge = Judge()
     recall = recalling(judge)
-    assert ANSWER == recall(pb.ValidateRequest(token=TOKEN).SerializeToString())
-    assert recall(bytes((0x0A, len(TOKEN) + 1)) + TOKEN.encode()) is None
+    assert ANSWER == recall.answer(pb.ValidateRequest(token=TOKEN).SerializeToString())
+    assert recall.answer(bytes((0x0A, len(TOKEN) + 1)) + TOKEN.encode()) is None
 
 
 def test_bad_needs_are_gone_into() -> None:
@@ -114,14 +114,14 @@ def test_bad_needs_are_gone_into() -> None:
     raw = pb.ValidateRequest(token=TOKEN, cost=1_000_001).SerializeToString()
     for _ in range(2):
         with pytest.raises(InvalidFieldError):
-            recall(raw)
+            recall.answer(raw)
 
 
 def test_long_requests_are_gone_into() -> None:
     """What is kept of requests is small: one with many permissions is answered without being kept."""
     recall = recalling(Judge())
     permissions = [f"area{number}:read" for number in range(100)]
-    assert recall(pb.ValidateRequest(token=TOKEN, required_permissions=permissions).SerializeToString()) is None
+    assert recall.answer(pb.ValidateRequest(token=TOKEN, required_permissions=permissions).SerializeToString()) is None
     assert {} == recall.needs
 
 
@@ -129,7 +129,7 @@ def test_kinds_of_requests_are_bounded() -> None:
     """However requests differ, what is kept of them stays within bounds, and holds nothing of any token."""
     recall = recalling(Judge())
     for cost in range(MAX_NEEDS + 10):
-        assert ANSWER == recall(pb.ValidateRequest(token=TOKEN, cost=cost).SerializeToString())
+        assert ANSWER == recall.answer(pb.ValidateRequest(token=TOKEN, cost=cost).SerializeToString())
         assert len(recall.needs) <= MAX_NEEDS
     assert not [rest for rest in recall.needs if TOKEN[:8].encode() in rest]
 
@@ -148,7 +148,7 @@ def test_every_outcome_is_counted_as_what_it_is(outcome: Outcome) -> None:
     metrics = Metrics(CollectorRegistry())
     recall = Recall(validator, AnswerWriter(0.0), metrics.tally("KeyService/Validate"), metrics)
     for _ in range(3):
-        answer = recall(pb.ValidateRequest(token=TOKEN).SerializeToString())
+        answer = recall.answer(pb.ValidateRequest(token=TOKEN).SerializeToString())
         assert answer is not None
         assert f"OUTCOME_{outcome.name}" == pb.Outcome.Name(pb.ValidateResponse.FromString(answer).outcome)
     # Twice: what was handed on once is not handed on again.

@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
 from itertools import combinations
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from latchgate.domain.allotments import Allotments
+from latchgate.domain.cache import Entry, KeyCache
+from latchgate.domain.coherence import MAX_AGE_S, Change, Coherence, Entity, LeaseTerms, LogReading
 from latchgate.domain.errors import (
     InvalidFieldError,
     LookupBudgetError,
@@ -24,7 +27,6 @@ from latchgate.domain.model import (
     NO_PERMITS,
     NO_USES,
     Environment,
-    Found,
     KeyRecord,
     KeyType,
     Lookup,
@@ -145,24 +147,75 @@ class MemoryUsage:
         self.refusals.append((record.secret_id, outcome, now_s))
 
 
+class Ahead(float):
+    """What is added to a worker's time for the database's: whatever the worker's is, the sum is the same."""
+
+    def __new__(cls, sum_s: float) -> Self:
+        """Takes the sum."""
+        made = super().__new__(cls)
+        made.sum_s = sum_s
+        return made
+
+    sum_s: float
+
+    def __radd__(self, _local_s: float) -> float:
+        """Gives it."""
+        return self.sum_s
+
+
+class ScriptedEntries(dict[bytes, Entry]):
+    """Has the same for whatever is asked for, and remembers what that was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.record: KeyRecord | None = None
+        self.asked: list[bytes] = []
+
+    def get(self, fingerprint: bytes, _default: object = None) -> Any:
+        """Gives it, fresh each time."""
+        self.asked.append(fingerprint)
+        if self.record is None:
+            return None
+        cache = KeyCache(1)
+        cache.put(fingerprint, self.record, float("inf"))
+        return cache.entries[fingerprint]
+
+
 class ScriptedMemory:
     """Knows nothing until it is told what to answer; remembers what it was to keep, and when that was sent."""
 
     def __init__(self, clock: ManualClock) -> None:
         self.clock = clock
-        self.known: Lookup | None = None
+        self.entries = ScriptedEntries()
+        self.hits = 0
+        self.ahead_s: float = 0.0
         self.asked: list[tuple[bytes, int]] = []
         self.kept: list[tuple[bytes, Lookup, float]] = []
         self.kept_unknown: list[tuple[bytes, Lookup, float]] = []
+        self.known = None
+
+    @property
+    def known(self) -> Lookup | None:
+        """What it answers."""
+        return self._known
+
+    @known.setter
+    def known(self, known: Lookup | None) -> None:
+        """Tells it."""
+        self._known = known
+        self.lease_until_s = float("inf") if known else float("-inf")
+        self.entries.record, self.ahead_s, self.applied_revision = (
+            (known.record, Ahead(known.now_s), known.revision) if known else (None, Ahead(0), 0)
+        )
 
     def now_s(self) -> float:
         """Tells the scene's time."""
         return self.clock()
 
-    def find(self, fingerprint: bytes, min_revision: int) -> Found | None:
+    def find(self, fingerprint: bytes, min_revision: int) -> Lookup | None:
         """Gives what it was told, if there is anything."""
         self.asked.append((fingerprint, min_revision))
-        return (*self.known, self.clock()) if self.known else None
+        return self.known
 
     def keep(self, fingerprint: bytes, lookup: Lookup, *, sent_s: float) -> None:
         """Takes note."""
@@ -909,7 +962,8 @@ async def test_what_is_recalled_is_what_would_be_found(outcomes: tuple[Outcome, 
     assert verdict == await found.validator.validate(
         TOKEN, required_permissions=NEEDED, client_ip=CLIENT_IP, cost=5, min_revision=REVISION
     )
-    assert [(known_by(TOKEN), REVISION)] == recalled.memory.asked == found.memory.asked
+    assert [known_by(TOKEN)] == recalled.memory.entries.asked
+    assert [(known_by(TOKEN), REVISION)] == found.memory.asked
     assert recalled.limiter.asked == found.limiter.asked
     assert recalled.usage.recorded == found.usage.recorded
     assert recalled.usage.refusals == found.usage.refusals
@@ -950,6 +1004,83 @@ async def test_recalled_is_what_is_found(
     found = await scene.validator.validate(TOKEN, required_permissions=needed, client_ip=client_ip)
     recalled = scene.validator.recall(TOKEN.encode(), Need.of(needed, client_ip, 1, 0))
     assert found == recalled
+
+
+ORGANIZATION = Change(Entity.ORGANIZATION, KEY_RECORD.organization_id)
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["keep", "renew", "miss a renewal", "drop", "change", "leave"]), st.floats(0, 3)),
+        max_size=12,
+    ),
+    min_revision=st.integers(0, 3),
+)
+@example(steps=[("renew", 0), ("keep", LeaseTerms(length_s=2).usable_s)], min_revision=0)
+@example(steps=[("renew", 0), ("keep", MAX_AGE_S), ("renew", 0)], min_revision=0)
+@example(steps=[("renew", 0), ("keep", 0), ("drop", 0)], min_revision=0)
+def test_what_is_recalled_is_what_memory_finds(steps: list[tuple[str, float]], min_revision: int) -> None:
+    """Whatever has happened to a lease, to what is held and to its organization: a key is recalled if and only if
+    memory would find it, as of the same time and change, and each answer is counted.
+    """
+    scene, clock = Scene(), ManualClock()
+    memory = Coherence(terms=LeaseTerms(length_s=2), cache=KeyCache(10), boottime=clock)
+    validator = Validator(
+        tokens=TOKENS,
+        keys=scene.reader,
+        memory=memory,
+        limiter=scene.limiter,
+        usage=scene.usage,
+        foreign=scene.foreign,
+        patience=Patience(clock),
+        suspicion=scene.suspicion,
+    )
+    record, head = replace(KEY_RECORD, rate_limit_per_minute=0), 0
+    for step, seconds in (*steps, ("", 0.0)):
+        changes: list[Change] = []
+        match step:
+            case "keep":
+                memory.keep(known_by(TOKEN), Lookup(record, NOW_S, head), sent_s=clock())
+            case "drop" | "change":
+                changes = [ORGANIZATION] if step == "drop" else [Change(Entity.KEY, "another")]
+                head += 1
+            case "leave":
+                memory.leave()
+        if step in {"renew", "drop", "change", "miss a renewal"}:
+            reading = LogReading(head=head, timeline="1", now_s=NOW_S + clock(), is_member=True, changes=changes)
+            memory.read(reading, sent_s=clock(), is_renewal=step != "miss a renewal")
+        clock.advance(seconds)
+        before = memory.hits
+        recalled = validator.recall(TOKEN.encode(), Need.of((), "", 1, min_revision))
+        hits = memory.hits - before
+        # After it: what it finds to be of the past it forgets.
+        found = memory.find(known_by(TOKEN), min_revision)
+        expected = None if found is None else (Outcome.VALID, found.revision, found.now_s, record, None)
+        assert (expected, found is not None) == (recalled, hits)
+
+
+def test_what_is_recalled_is_in_use() -> None:
+    """A key that is answered from memory is not the one that makes place for a new one."""
+    scene, clock, cache = Scene(), ManualClock(), KeyCache(2)
+    memory = Coherence(terms=LeaseTerms(length_s=2), cache=cache, boottime=clock)
+    memory.read(
+        LogReading(head=0, timeline="1", now_s=NOW_S, is_member=True, changes=[]), sent_s=clock(), is_renewal=True
+    )
+    validator = Validator(
+        tokens=TOKENS,
+        keys=scene.reader,
+        memory=memory,
+        limiter=scene.limiter,
+        usage=scene.usage,
+        foreign=scene.foreign,
+        patience=Patience(clock),
+        suspicion=scene.suspicion,
+    )
+    for held in (known_by(TOKEN), known_by(FOREIGN_TOKEN)):
+        memory.keep(held, Lookup(KEY_RECORD, NOW_S, 0), sent_s=clock())
+    assert validator.recall(TOKEN.encode(), Need.of((), "", 1, 0)) is not None
+    memory.keep(known_by("a new token"), Lookup(KEY_RECORD, NOW_S, 0), sent_s=clock())
+    assert {known_by(TOKEN), known_by("a new token")} == set(cache.entries)
 
 
 def test_nothing_is_recalled_of_what_memory_does_not_know() -> None:

@@ -167,7 +167,10 @@ class Allotments:
         """Says what the store is to be told and asked now: of these keys, or of all of which there is something."""
         now_s = self._clock()
         active = self._active
-        shares = list(active.values()) if key_ids is None else [active[each] for each in key_ids if each in active]
+        if key_ids is None:
+            shares = [share for share in active.values() if share.due_s <= now_s]
+        else:
+            shares = [active[each] for each in key_ids if each in active]
         asks = []
         for share in shares:
             ask = share.ask(now_s)
@@ -224,6 +227,7 @@ class Allotments:
             yield asks
 
     def _activate(self, share: Share) -> None:
+        share.due_s = NEVER
         if not share.is_active:
             if not self._active:
                 self._stirred()

@@ -22,8 +22,11 @@ class _Organization:
         self.entries = 0
 
 
-class _Entry:
-    """One secret's record. `sibling` is another entry of the same key, of which a rotation leaves two."""
+class Entry:
+    """One secret's record, and until when it may be answered from at most. To be used, it has to be marked as used.
+
+    `sibling` is another entry of the same key, of which a rotation leaves two.
+    """
 
     __slots__ = ("digest", "is_used", "organization", "record", "sibling", "slot", "until_s")
 
@@ -32,7 +35,7 @@ class _Entry:
         self.record = record
         self.organization = organization
         self.until_s = until_s
-        self.sibling: _Entry | None = None
+        self.sibling: Entry | None = None
         self.slot = 0
         self.is_used = False
 
@@ -50,14 +53,16 @@ class KeyCache:
         self._max_keys = max_keys
         # How many records were driven out by others.
         self.evicted = 0
+        # What is held, and what is found to be of the past when it is asked for. Always the same dictionary.
+        self.entries: dict[bytes, Entry] = {}
         self.clear()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def get(self, digest: bytes, now_s: float) -> KeyRecord | None:
         """Gives a record that is not older than it may become."""
-        entry = self._entries.get(digest)
+        entry = self.entries.get(digest)
         if entry is None:
             return None
         if entry.until_s > now_s and entry.organization.is_current:
@@ -68,18 +73,18 @@ class KeyCache:
 
     def put(self, digest: bytes, record: KeyRecord, until_s: float) -> None:
         """Holds a record until a time of the caller's clock, in seconds."""
-        known = self._entries.get(digest)
+        known = self.entries.get(digest)
         if known is not None:
             self._remove(known)
         # Before the organization is looked for: whoever makes place may be the last that it is known by.
         slot = self._slot()
-        entry = _Entry(digest, record, self._organization(record), until_s)
+        entry = Entry(digest, record, self._organization(record), until_s)
         entry.slot = slot
         self._ring[entry.slot] = entry
         entry.organization.entries += 1
         entry.sibling = self._by_key.get(record.key_id)
         self._by_key[record.key_id] = entry
-        self._entries[digest] = entry
+        self.entries[digest] = entry
 
     def drop_key(self, key_id: str) -> None:
         """Forgets all secrets of a key."""
@@ -99,11 +104,11 @@ class KeyCache:
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._entries: dict[bytes, _Entry] = {}
-        self._by_key: dict[str, _Entry] = {}
+        self.entries.clear()
+        self._by_key: dict[str, Entry] = {}
         self._organizations: dict[str, _Organization] = {}
         self._plans: dict[str, set[_Organization]] = {}
-        self._ring: list[_Entry | None] = []
+        self._ring: list[Entry | None] = []
         self._free: list[int] = []
         self._hand = 0
 
@@ -147,7 +152,7 @@ class KeyCache:
         self.evicted += 1
         return self._free.pop()
 
-    def _at_hand(self) -> _Entry:
+    def _at_hand(self) -> Entry:
         """Gives the entry under the hand; only while no place is free."""
         if self._hand >= len(self._ring):
             self._hand = 0
@@ -156,14 +161,14 @@ class KeyCache:
             raise LookupError("a place of the ring is free, and is not known to be")
         return entry
 
-    def _of_key(self, key_id: str) -> Iterator[_Entry]:
+    def _of_key(self, key_id: str) -> Iterator[Entry]:
         entry = self._by_key.get(key_id)
         while entry is not None:
             yield entry
             entry = entry.sibling
 
-    def _remove(self, entry: _Entry) -> None:
-        del self._entries[entry.digest]
+    def _remove(self, entry: Entry) -> None:
+        del self.entries[entry.digest]
         self._ring[entry.slot] = None
         self._free.append(entry.slot)
         self._unlink(entry)
@@ -172,7 +177,7 @@ class KeyCache:
         if not organization.entries and organization.is_current:
             self._forget(organization)
 
-    def _unlink(self, entry: _Entry) -> None:
+    def _unlink(self, entry: Entry) -> None:
         key_id = entry.record.key_id
         head = self._by_key[key_id]
         if head is not entry:

@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Final, NamedTuple
 
 from latchgate.domain.cache import KeyCache
-from latchgate.domain.model import Found, Lookup
+from latchgate.domain.model import Lookup
 
 NEVER: Final = float("-inf")
 
@@ -104,11 +104,12 @@ class Coherence:
         self._boottime = boottime
         # The clock by which leases end and rows are held.
         self.now_s = boottime
-        self._get = cache.get
+        self.entries = cache.entries
         self._clock = DatabaseClock()
+        self.ahead_s = self._clock.ahead_s
         self._unknown: OrderedDict[bytes, float] = OrderedDict()
         self._timeline = ""
-        self._lease_until_s = NEVER
+        self.lease_until_s = NEVER
         # From when on statements may have been sent whose rows are held; never before the first reading of the log.
         self._kept_from_s = float("inf")
         self.applied_revision = 0
@@ -118,19 +119,19 @@ class Coherence:
     @property
     def lease_left_s(self) -> float:
         """For how long the worker may still answer from memory; 0 without a lease."""
-        return max(self._lease_until_s - self._boottime(), 0.0)
+        return max(self.lease_until_s - self._boottime(), 0.0)
 
-    def find(self, fingerprint: bytes, min_revision: int) -> Found | None:
+    def find(self, fingerprint: bytes, min_revision: int) -> Lookup | None:
         """Answers from memory, if there is a lease now and all changes up to `min_revision` are applied."""
         now_s = self._boottime()
         revision = self.applied_revision
-        if now_s >= self._lease_until_s or revision < min_revision:
+        if now_s >= self.lease_until_s or revision < min_revision:
             return None
-        record = self._get(fingerprint, now_s)
+        record = self.cache.get(fingerprint, now_s)
         if record is None and self._unknown.get(fingerprint, NEVER) <= now_s:
             return None
         self.hits += 1
-        return record, now_s + self._clock.ahead_s, revision, now_s
+        return Lookup(record, now_s + self.ahead_s, revision)
 
     def keep(self, fingerprint: bytes, lookup: Lookup, *, sent_s: float) -> None:
         """Holds what a statement has found that was sent at `sent_s`, unless something newer is known already.
@@ -153,7 +154,7 @@ class Coherence:
 
     def leave(self) -> None:
         """Stops answering from memory and forgets everything: before the worker's row goes, or after it went."""
-        self._lease_until_s = NEVER
+        self.lease_until_s = NEVER
         self._kept_from_s = float("inf")
         self._forget()
         self._timeline = ""
@@ -166,6 +167,7 @@ class Coherence:
             return Reading.EVICTED
         heard_s = self._boottime()
         self._clock.hear(reading.now_s, sent_s=sent_s, heard_s=heard_s)
+        self.ahead_s = self._clock.ahead_s
         result = self._judge(reading)
         if result is not Reading.APPLIED or reading.changes is None or not self._timeline:
             self._forget()
@@ -175,10 +177,10 @@ class Coherence:
         self._timeline = reading.timeline
         self.applied_revision = reading.head
         if is_renewal:
-            self._lease_until_s = sent_s + self.terms.usable_s
+            self.lease_until_s = sent_s + self.terms.usable_s
         elif result is not Reading.APPLIED:
             # It was given by a server that is no more, and the one that there is may not know of it.
-            self._lease_until_s = NEVER
+            self.lease_until_s = NEVER
         return result
 
     def _judge(self, reading: LogReading) -> Reading:

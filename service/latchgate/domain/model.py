@@ -371,13 +371,6 @@ class Lookup(NamedTuple):
     revision: int
 
 
-Found = tuple[KeyRecord | None, float, int, float]
-"""What memory knows of a token: what a Lookup says, and the memory's own clock in seconds, all of one moment.
-
-One is made for every call, so it has no names: these cost more than the making.
-"""
-
-
 class RateState(NamedTuple):
     """Where a key stands with its limit. `reset_after_s` is in whole seconds from now."""
 
@@ -403,7 +396,7 @@ class Verdict(NamedTuple):
 Rate = tuple[bool, int, int, int]
 """A RateState, with or without its names."""
 Judgement = tuple[Outcome, int, float, KeyRecord | None, Rate | None]
-"""A Verdict, with or without its names: those that are made for every call are without, as Found is."""
+"""A Verdict, with or without its names: those that are made for every call are without, as names cost time."""
 
 
 @dataclass(slots=True, kw_only=True)

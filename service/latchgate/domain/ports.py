@@ -10,12 +10,12 @@ from typing import NamedTuple, Protocol, TypeAlias
 from uuid import UUID
 
 from latchgate.domain.audit import AuditEntry
+from latchgate.domain.cache import Entry
 from latchgate.domain.imported import ImportRow, KnownToken
 from latchgate.domain.model import (
     Caller,
     Effect,
     Environment,
-    Found,
     HeldPermission,
     Key,
     KeyFilter,
@@ -42,12 +42,27 @@ class KeyReader(Protocol):
 
 
 class KeyMemory(Protocol):
-    """Knows without asking storage, while it may. It knows tokens by their fingerprints."""
+    """Knows without asking storage, while it may. It knows tokens by their fingerprints.
+
+    What it knows lies open to Validator.recall, which looks at it in place at every call, by the rules of `find`: until
+    `lease_until_s` of its clock it is as good as storage's, and holds all changes up to `applied_revision`. `entries`
+    is always the same. The database's clock is `ahead_s` ahead of its own. Whoever answers from it counts that in
+    `hits`.
+    """
+
+    lease_until_s: float
+    applied_revision: int
+    ahead_s: float
+    hits: int
+
+    @property
+    def entries(self) -> Mapping[bytes, Entry]:
+        """What it holds, and what it finds to be of the past: an entry's `until_s`, and its organization, say so."""
 
     def now_s(self) -> float:
-        """The clock of `sent_s`, in seconds."""
+        """Its clock, and that of `sent_s`, in seconds."""
 
-    def find(self, fingerprint: bytes, min_revision: int) -> Found | None:
+    def find(self, fingerprint: bytes, min_revision: int) -> Lookup | None:
         """Answers from a state that is as good as storage's, and holds all changes up to `min_revision`; or not."""
 
     def keep(self, fingerprint: bytes, lookup: Lookup, *, sent_s: float) -> None:

@@ -55,9 +55,9 @@ class Share:
     """The state is open to latchgate.domain.allotments, and the permits to whoever counts in them."""
 
     __slots__ = (
-        "asked_s", "backs", "block", "cost", "debt", "free_after_s", "is_active", "is_looked_at", "key_id", "lacking",
-        "layers", "least", "leaves", "limit", "lost_s", "permits", "rate", "refused", "seen", "told_s", "used_before",
-        "waiting",
+        "asked_s", "backs", "block", "cost", "debt", "due_s", "free_after_s", "is_active", "is_looked_at", "key_id",
+        "lacking", "layers", "least", "leaves", "limit", "lost_s", "permits", "rate", "refused", "seen", "told_s",
+        "used_before", "waiting",
     )  # fmt: skip
 
     def __init__(self, key_id: str, now_s: float) -> None:
@@ -93,8 +93,9 @@ class Share:
         # As if it had not been asked for lately: one request is no reason to expect another soon.
         self.asked_s = now_s - 2.0
         self.used_before = 0
-        # Whether there is, or may soon be, something to ask or to report.
+        # Whether there is, or may soon be, something to ask or to report; and when that is to be seen to again.
         self.is_active = False
+        self.due_s = NEVER
         # What `used` was when this was last looked at for being forgotten.
         self.seen = -1
         # Which time that the store was lost its part of a local window was begun for.
@@ -186,6 +187,9 @@ class Share:
         # What nobody misses goes back with what is asked next.
         is_back_due = self.backs and not (is_far and is_steady)
         if not (wanted or self.debt or is_back_due or is_looked_at):
+            if is_far and is_steady and not self.lacking:
+                # Half of the way to where more are asked for: the demand may have doubled by then.
+                self.due_s = now_s + min((self.permits.left - stock * FAR_REFILL_AT) / self.rate / 2, LIFE_S)
             return None
         slot, back = self.backs.pop() if self.backs else (0, 0)
         return RateAsk(self.key_id, self.limit, self.debt, least, needed, wanted, slot, back)
@@ -232,6 +236,7 @@ class Share:
         self.is_looked_at = False
         self.used_before = self.permits.used
         self.rate = 0.0
+        self.due_s = NEVER
 
     def hear(self, ask: RateAsk, told: RateTold, sent_s: float, now_s: float) -> None:
         """Takes note of the store's answer to a statement that was sent at `sent_s`, and came now."""

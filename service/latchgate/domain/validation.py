@@ -151,7 +151,8 @@ class Validator:
         self._tokens = tokens
         self._keys = keys
         self._memory = memory
-        self._find = memory.find
+        self._now_s = memory.now_s
+        self._entry = memory.entries.get
         self._limiter = limiter
         self._usage = usage
         self._foreign = foreign
@@ -162,20 +163,26 @@ class Validator:
         """Judges a token from memory, without waiting; None if memory can not say, and `validate` has to be asked.
 
         Raises InvalidFieldError. This is what nearly all calls are answered by, so it is written for speed: under load
-        each step costs several times what it costs in a loop of its own. A key against which there is nothing to say is
-        judged here in one piece, by the rules of `_judge`, and counted as Limiter.take and UsageRecorder.used would.
+        each step costs several times what it costs in a loop of its own. It is found in one piece, as KeyMemory.find
+        would; a key against which there is nothing to say is judged so as well, by the rules of `_judge`, and counted
+        as Limiter.take and UsageRecorder.used would.
         """
-        found = self._find(blake2s(token).digest(), need.min_revision)
-        if found is None:
+        permissions, _, cost, min_revision = need
+        memory, local_s = self._memory, self._now_s()
+        revision = memory.applied_revision
+        if local_s >= memory.lease_until_s or revision < min_revision:
             return None
-        record, now_s, revision, local_s = found
-        if record is None:
+        entry = self._entry(blake2s(token).digest())
+        if entry is None or entry.until_s <= local_s or not entry.organization.is_current:
             return None
-        if record.good_until_s <= now_s or record.networks or not need.permissions <= record.grants.exact:
+        entry.is_used = True
+        memory.hits += 1
+        record, now_s = entry.record, local_s + memory.ahead_s
+        if record.good_until_s <= now_s or record.networks or not permissions <= record.grants.exact:
             return self._judge(record, now_s, revision, need)
         rate, limit = None, record.rate_limit_per_minute
         if limit:
-            permits, cost = record.permits, need.cost
+            permits = record.permits
             used = permits.used + cost
             if permits.left < cost or used > limit or permits.until_s <= local_s:
                 return self._judge(record, now_s, revision, need)
@@ -207,46 +214,43 @@ class Validator:
         never given out, and UnavailableError when it can not be decided.
         """
         need = Need.of(required_permissions, client_ip, cost, min_revision)
-        try:
-            verdict = await self._validate(token, need, only_organization_id)
-        except LookupBudgetError:
-            self._suspicion.suspect(client_ip, Outcome.NOT_FOUND, None)
-            await self._patience.wait()
-            raise
-        if verdict.outcome is Outcome.NOT_FOUND:
-            self._suspicion.suspect(client_ip, Outcome.NOT_FOUND, None)
-            await self._patience.wait()
-        return verdict
-
-    async def _validate(self, token: str, need: Need, only_organization_id: str) -> Verdict:
-        if not may_be_token(token):
-            return _UNTOLD
-        while True:
+        known_by = fingerprint(token.encode()) if may_be_token(token) else None
+        while known_by is not None:
             # What is in memory had a right tag when it came there.
-            found = self._find(fingerprint(token.encode()), need.min_revision)
-            if found is not None:
-                lookup = Lookup(*found[:3])
-            else:
+            lookup = self._memory.find(known_by, min_revision)
+            if lookup is None:
                 form = self._tokens.recognise(token)
                 if form is Form.IMPOSSIBLE:
-                    return _UNTOLD
-                lookup = await self._look_up(token, form)
-            if lookup.revision < need.min_revision:
+                    break
+                try:
+                    lookup = await self._look_up(token, known_by, form)
+                except LookupBudgetError:
+                    await self._unknown(client_ip)
+                    raise
+            record, now_s, revision = lookup
+            if revision < min_revision:
                 raise RevisionUnknownError(
-                    f"min_revision {need.min_revision} was never given out: the newest change is {lookup.revision}"
+                    f"min_revision {min_revision} was never given out: the newest change is {revision}"
                 )
-            record = lookup.record
             if record is None or (only_organization_id and record.organization_id != only_organization_id):
-                return Verdict(outcome=Outcome.NOT_FOUND, revision=lookup.revision)
-            verdict = self._judge(record, lookup.now_s, lookup.revision, need)
+                await self._unknown(client_ip)
+                return Verdict(outcome=Outcome.NOT_FOUND, revision=revision)
+            verdict = self._judge(record, now_s, revision, need)
             if verdict is not None:
                 return verdict
             # Nothing is charged yet, and meanwhile the key may change: all is judged anew.
-            await self._limiter.wait(record.key_id, record.rate_limit_per_minute, need.cost)
+            await self._limiter.wait(record.key_id, record.rate_limit_per_minute, cost)
+        await self._unknown(client_ip)
+        return _UNTOLD
 
-    async def _look_up(self, token: str, form: Form) -> Lookup:
+    async def _unknown(self, client_ip: str) -> None:
+        """Takes note of a token that nobody knows, and has its sender wait if there are many such."""
+        self._suspicion.suspect(client_ip, Outcome.NOT_FOUND, None)
+        await self._patience.wait()
+
+    async def _look_up(self, token: str, known_by: bytes, form: Form) -> Lookup:
         """Asks storage, and keeps what it says."""
-        token_digest, known_by = digest(token), fingerprint(token.encode())
+        token_digest = digest(token)
         if form is Form.OWN:
             sent_s = self._memory.now_s()
             lookup = await self._keys.find(token_digest)

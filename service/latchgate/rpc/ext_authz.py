@@ -86,7 +86,7 @@ class CheckRecall:
         self._tally = tally
         self._outcomes = outcomes
 
-    def __call__(self, raw: bytes) -> bytes | None:
+    def answer(self, raw: bytes) -> bytes | None:
         """Gives the answer; None if memory does not have it. Raises what CheckReader does, and InvalidFieldError."""
         check = self._read(raw)
         if check.problem is not None:

@@ -7,9 +7,10 @@ caller over through a context: here a handler is given its request and its calle
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
+from types import CoroutineType
 from typing import Any
 
 import grpc
@@ -299,8 +300,10 @@ class _Recalling:
     """The behaviour of a method of the hot path.
 
     grpc asks at every call whether what it was given is a function whose calls are to be awaited; the answer is there
-    soonest if it can be awaited itself. This one can not: it only looks as if it could.
+    soonest if it is a coroutine itself. This one is none: it only says so.
     """
+
+    __class__ = CoroutineType  # type: ignore[assignment]
 
     def __init__(self, memory: _Memory, tally: Tally, behave: Behaviour) -> None:
         self._memory = memory
@@ -323,9 +326,6 @@ class _Recalling:
         else:
             tally.slow(seconds)
         return answer
-
-    def __await__(self) -> Generator[None]:
-        raise TypeError("a behaviour is called, and what that gives is awaited")
 
 
 def method_name(method: MethodDescriptor) -> str:

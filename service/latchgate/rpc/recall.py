@@ -42,7 +42,7 @@ class Recall:
         # By the bytes that say it.
         self.needs: dict[bytes, Need] = {}
 
-    def __call__(self, raw: bytes) -> bytes | None:
+    def answer(self, raw: bytes) -> bytes | None:
         """Gives the answer; None for a request that has to be gone into.
 
         Raises IndexError for one without a token, and InvalidFieldError.

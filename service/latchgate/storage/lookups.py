@@ -129,9 +129,10 @@ class BatchingKeyReader:
                 if pause_s > 0:
                     await asyncio.sleep(pause_s)
                 batch = self._take(MAX_BATCH)
-                if sum(map(len, batch.values())) > 1:
-                    self._next_s = self._monotonic() + self._spacing_s
                 await self._answer(batch)
+                if sum(map(len, batch.values())) > 1:
+                    # From the answer on: those that it is for come back together, though not in one moment.
+                    self._next_s = self._monotonic() + self._spacing_s
                 if self._problem:
                     await self._until_back()
         finally:

@@ -37,6 +37,8 @@ Show = Callable[[KeyIdentity], bytes]
 
 _KEY_TYPES: Final = {each.value: each for each in KeyType}
 _ENVIRONMENTS: Final = {each.value: each for each in Environment}
+# PostgreSQL writes jsonb without blanks around it, which json.loads would look for.
+_read_json: Final = json.JSONDecoder().raw_decode
 
 
 def key(row: Row) -> Key:
@@ -114,7 +116,7 @@ def key_record(row: Row, show: Show) -> KeyRecord:
                 permissions=permissions,
                 create_s=row["create_s"],
                 end_s=min(expire_s, secret_end_s),
-                metadata=json.loads(row["metadata"]) if row["metadata"] != "{}" else {},
+                metadata=_read_json(row["metadata"])[0] if row["metadata"] != "{}" else {},
             )
         ),
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
+from math import ceil
 from typing import Final
 from uuid import UUID, uuid4
 
@@ -19,6 +21,10 @@ FLUSH_ROWS = 500
 # What lies close together is written together; answers wait for the sorting.
 SORTED_ROWS = 10_000
 FORGET_ROWS = 5000
+# How many secrets a flush writes, if there are as many, and over how many flushes more are spread: one that is used all
+# the time is written less often then, and no moment has to bear all of it.
+FLUSH_SECRETS: Final = 10_000
+FLUSHES: Final = 6
 # For as long is known how far a worker has written that is not heard of any more.
 FLUSHES_KEPT = timedelta(days=7)
 HOUR_S: Final = 3600.0
@@ -97,6 +103,9 @@ class UsageBuffer:
         self._begin_s = self._end_s = 0.0
         self._unwritten: _Part | None = None
         self._flushing = asyncio.Lock()
+        # How many secrets were taken out to be written, and how many had come by each of the last flushes.
+        self._taken = 0
+        self._come: deque[int] = deque(maxlen=FLUSHES)
 
     @property
     def pending(self) -> int:
@@ -147,20 +156,42 @@ class UsageBuffer:
         self._end_s = self._begin_s + HOUR_S
 
     async def flush(self) -> None:
-        """Writes what has gathered. What may not have been written is kept for the next time."""
+        """Writes what has gathered; of more than FLUSH_SECRETS secrets those that have waited for longest.
+
+        All that has come is written by the sixth flush from then on (FLUSHES). What may not have been written is kept
+        for the next time.
+        """
         async with self._flushing:
             await self._write_unwritten()
-            for hour, gathered in tuple(self._hours.items()):
-                # What comes meanwhile for others than are written already goes with this flush.
-                for secret_ids in _batches(list(gathered)):
-                    self._sequence += 1
-                    uses = [(secret_id, gathered.pop(secret_id)) for secret_id in secret_ids]
-                    for _, each in uses:
-                        each.close()
-                    self._unwritten = _Part(sequence=self._sequence, hour=hour, uses=uses)
-                    await self._write_unwritten()
-                if not gathered and gathered is not self._uses:
-                    del self._hours[hour]
+            await self._write_oldest(self._due())
+
+    async def finish(self) -> None:
+        """Writes all that has gathered, as `flush` does: nothing comes any more."""
+        async with self._flushing:
+            await self._write_unwritten()
+            await self._write_oldest(self.pending)
+
+    def _due(self) -> int:
+        """Says how many are to be written now, so that nothing is late, and no later flush has much more to write."""
+        self._come.append(self._taken + self.pending)
+        spare = FLUSHES - len(self._come)
+        shares = (ceil((come - self._taken) / flushes) for flushes, come in enumerate(self._come, 1 + spare))
+        return max(FLUSH_SECRETS, *shares)
+
+    async def _write_oldest(self, count: int) -> None:
+        for hour, gathered in tuple(self._hours.items()):
+            oldest = list(islice(gathered, count))
+            count -= len(oldest)
+            for secret_ids in _batches(oldest):
+                self._sequence += 1
+                uses = [(secret_id, gathered.pop(secret_id)) for secret_id in secret_ids]
+                self._taken += len(uses)
+                for _, each in uses:
+                    each.close()
+                self._unwritten = _Part(sequence=self._sequence, hour=hour, uses=uses)
+                await self._write_unwritten()
+            if not gathered and gathered is not self._uses:
+                del self._hours[hour]
 
     async def _write_unwritten(self) -> None:
         """Writes the part that was taken out, until it is known to be written."""
