@@ -63,15 +63,18 @@ def _method(plan: Plan, results: Results) -> Iterator[str]:
         " come, without the service's choice of options and scheduling."
     )
     yield (
-        f"**Turns**: no-op, a server, no-op, another server and so on, {plan.seconds:g} s each, over all of them in a"
-        " round, in each round another one first. What changes on the machine meanwhile changes both."
-        " A first round is not counted."
+        f"**Turns**: no-op, a server, no-op, another server and so on, {plan.seconds:g} s each, over all of a database"
+        " in a round, in each round another one first; what changes on the machine changes the no-op's turns as well. A"
+        " first round is not counted. The servers of one database come after those of another, because each that runs"
+        " beside others takes something from them. After its turn a service writes what it has yet to write of how keys"
+        " were used, and is waited for: in its own turn it writes as it would all day long, in the no-op's nothing."
     )
     yield (
         f"**Load**: {plan.processes} processes of `h2load`, each with one connection and one request at a time. h2load"
         " sends one body for ever, but reads it anew from its file for each request, and every"
         f" {TURN_S * 1000:g} ms each file is given another token: drawn at random from those of"
-        f" {max(results.tokens.values()):,} keys that lie evenly among all, or of all keys where there are fewer."
+        f" {max(results.tokens.values()):,} keys that lie evenly among all, or of all keys where there are fewer: so a"
+        " larger database is one of which more keys are in use as well."
         + (f" By the last uses in the database, {asked} keys were asked for." if asked else "")
     )
     yield (

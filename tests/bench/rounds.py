@@ -110,24 +110,29 @@ async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
             say(f"seeded {keys:,} {'key' if keys == 1 else 'keys'} in {time.monotonic() - started_s:.0f} s")
         rng = random.Random(plan.seed)  # noqa: S311 - which keys are asked for is no secret
         load = Load(cores=[layout.load], processes=plan.processes, folder=folder / "load", rng=rng)
-        async with AsyncExitStack() as running:
-            services = [
-                await running.enter_async_context(servers.service(each, source, layout.server, folder))
-                for source in Source
-                for each in databases
-                # A single key is in a memory of any size.
-                if source is Source.MEMORY or each.keys > 1
-            ]
-            answer = services[-1].answer
-            yardstick = await running.enter_async_context(servers.noop(answer, layout.server, folder))
-            plain = await running.enter_async_context(servers.plain_noop(answer, layout.server, folder))
-            turns = await _Comparison(plan, load, cluster, yardstick, say).run([*services, plain], services[-1].bodies)
+        turns: list[ComparedTurn] = []
+        services: list[Service] = []
+        for each in databases:
+            async with AsyncExitStack() as running:
+                own = [
+                    await running.enter_async_context(servers.service(each, source, layout.server, folder))
+                    for source in Source
+                    # A single key is in a memory of any size.
+                    if source is Source.MEMORY or each.keys > 1
+                ]
+                answer = own[-1].answer
+                yardstick = await running.enter_async_context(servers.noop(answer, layout.server, folder))
+                targets: list[Target] = [*own]
+                if each is databases[0]:
+                    targets.append(await running.enter_async_context(servers.plain_noop(answer, layout.server, folder)))
+                turns += await _Comparison(plan, load, cluster, yardstick, say).run(targets, own[-1].bodies)
+            services += own
         return Results(
             turns=turns,
             keys={each.name: each.seeded.keys for each in services},
             sources={each.name: each.source for each in services},
             request_bytes=len(services[-1].bodies[0]) - FRAME_BYTES,
-            answer_bytes=yardstick.answer.ByteSize(),
+            answer_bytes=answer.ByteSize(),
             database_bytes={each.keys: each.size_bytes for each in databases},
             # A service that stops writes the last uses that it still holds.
             distinct_keys={each.keys: await database.distinct_keys_used(each.url) for each in databases},
@@ -168,6 +173,8 @@ class _Comparison:
                     await target.check_answers()
                     turn, lookups = await self._service(target)
                     await target.check_answers()
+                    # What it has yet to write would be taken from the no-op's turn.
+                    await target.written()
                 else:
                     turn, lookups = await self._noop(target, bodies), None
                 after = await self._noop(self._yardstick, bodies)

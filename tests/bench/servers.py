@@ -30,6 +30,9 @@ BATCH = 100
 ROOT_TOKEN = "root-token-of-the-benchmark-0123456789abcdef"
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 10.0
+# How often it is looked whether a service has written all, and how often at most.
+LOOK_S = 0.5
+MAX_LOOKS = 240
 
 AS_ROOT = (("authorization", f"Bearer {ROOT_TOKEN}"),)
 """The metadata of a call that manages keys."""
@@ -94,6 +97,14 @@ class Service(Target):
     async def warm(self) -> None:
         """Asks for every token once, so that a service that answers from memory has it there."""
         await _ask_for_all(self.address, self.seeded.tokens)
+
+    async def written(self) -> None:
+        """Waits until it has written how keys were used. Raises BenchError if it does not come to an end."""
+        for _ in range(MAX_LOOKS):
+            if not (await Scrape.read(self.metrics_port)).total("latchgate_last_used_pending"):
+                return
+            await asyncio.sleep(LOOK_S)
+        raise BenchError(f"{self.name} does not come to an end with writing how keys were used")
 
     async def check_answers(self) -> None:
         """Asks for some tokens by an ordinary client. Raises BenchError unless each is answered as it must be."""
