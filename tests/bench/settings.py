@@ -82,6 +82,7 @@ GROUPS: tuple[tuple[Setting, ...], ...] = (
         Setting(name="bytes, and a handler that says it is a coroutine", choices=("bytes", "coroutine"), taken="so"),
     ),
     (
+        Setting(name="the no-op once more: how far two of the same are apart", taken=""),
         Setting(name="grpc's minimal stack", choices=("grpc.minimal_stack=1",), taken="no: connections would not age"),
         Setting(name="without channelz", choices=("grpc.enable_channelz=0",), taken="no: nothing to be gained"),
         Setting(
@@ -234,8 +235,9 @@ def write(costs: Sequence[Cost], rounds: int, seconds: float, layout: Layout, no
         paragraph(f"Medians of {rounds} rounds of {seconds:g} s, with the least and the most in brackets."),
         paragraph(
             "Servers were loaded side by side, at the same time on one core: whatever else the machine did, it did to"
-            " all of them, so that differences of one in a hundred show. It is also why a call costs more here than"
-            " where one server has the core to itself: each finds the processor's caches as the others have left them."
+            " all of them. How far the no-op once more is from the no-op is what a difference has to be beyond to be one."
+            " It is also why a call costs more here than where one server has the core to itself: each finds the"
+            " processor's caches as the others have left them."
         ),
         *METHOD,
         paragraph(f"{machine_line(layout.total)} {note}".strip()),
