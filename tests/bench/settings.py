@@ -235,8 +235,8 @@ def write(costs: Sequence[Cost], rounds: int, seconds: float, layout: Layout, no
         paragraph(f"Medians of {rounds} rounds of {seconds:g} s, with the least and the most in brackets."),
         paragraph(
             "Servers were loaded side by side, at the same time on one core: whatever else the machine did, it did to"
-            " all of them. How far the no-op once more is from the no-op is what a difference has to be beyond to be one."
-            " It is also why a call costs more here than where one server has the core to itself: each finds the"
+            " all of them. How far the no-op once more is from the no-op is what a difference has to be beyond to be"
+            " one. It is also why a call costs more here than where one server has the core to itself: each finds the"
             " processor's caches as the others have left them."
         ),
         *METHOD,
