@@ -1009,6 +1009,20 @@ async def test_recalled_is_what_is_found(
 ORGANIZATION = Change(Entity.ORGANIZATION, KEY_RECORD.organization_id)
 
 
+def validator_over(memory: Coherence, scene: Scene) -> Validator:
+    """Puts a real memory in place of the scene's."""
+    return Validator(
+        tokens=TOKENS,
+        keys=scene.reader,
+        memory=memory,
+        limiter=scene.limiter,
+        usage=scene.usage,
+        foreign=scene.foreign,
+        patience=Patience(memory.now_s),
+        suspicion=scene.suspicion,
+    )
+
+
 @given(
     steps=st.lists(
         st.tuples(st.sampled_from(["keep", "renew", "miss a renewal", "drop", "change", "leave"]), st.floats(0, 3)),
@@ -1025,16 +1039,7 @@ def test_what_is_recalled_is_what_memory_finds(steps: list[tuple[str, float]], m
     """
     scene, clock = Scene(), ManualClock()
     memory = Coherence(terms=LeaseTerms(length_s=2), cache=KeyCache(10), boottime=clock)
-    validator = Validator(
-        tokens=TOKENS,
-        keys=scene.reader,
-        memory=memory,
-        limiter=scene.limiter,
-        usage=scene.usage,
-        foreign=scene.foreign,
-        patience=Patience(clock),
-        suspicion=scene.suspicion,
-    )
+    validator = validator_over(memory, scene)
     record, head = replace(KEY_RECORD, rate_limit_per_minute=0), 0
     for step, seconds in (*steps, ("", 0.0)):
         changes: list[Change] = []
@@ -1066,16 +1071,7 @@ def test_what_is_recalled_is_in_use() -> None:
     memory.read(
         LogReading(head=0, timeline="1", now_s=NOW_S, is_member=True, changes=[]), sent_s=clock(), is_renewal=True
     )
-    validator = Validator(
-        tokens=TOKENS,
-        keys=scene.reader,
-        memory=memory,
-        limiter=scene.limiter,
-        usage=scene.usage,
-        foreign=scene.foreign,
-        patience=Patience(clock),
-        suspicion=scene.suspicion,
-    )
+    validator = validator_over(memory, scene)
     for held in (known_by(TOKEN), known_by(FOREIGN_TOKEN)):
         memory.keep(held, Lookup(KEY_RECORD, NOW_S, 0), sent_s=clock())
     assert validator.recall(TOKEN.encode(), Need.of((), "", 1, 0)) is not None
