@@ -32,6 +32,7 @@ from latchgate.scheduling import schedule_for_throughput
 class _SaidToBeACoroutine:
     """A handler that grpc need not look into."""
 
+    # As in latchgate.rpc.pipeline.
     __class__ = CoroutineType  # type: ignore[assignment]
 
     def __init__(self, answer: Any) -> None:

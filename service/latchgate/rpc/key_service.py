@@ -131,7 +131,8 @@ class KeyService:
 
     async def validate(self, request: pb.ValidateRequest, caller: Caller | None) -> bytes:
         """Judges a token; gives a ValidateResponse as it is sent."""
-        return self._answers.write(await self._judge(request, access.only_organization(caller)))
+        verdict = await self._judge(request, access.only_organization(caller))
+        return self._answers.write(verdict)
 
     async def batch_validate(self, request: pb.BatchValidateRequest, caller: Caller | None) -> pb.BatchValidateResponse:
         """Judges tokens, in the order in which they are given."""

@@ -303,6 +303,7 @@ class _Recalling:
     soonest if it is a coroutine itself. This one is none: it only says so.
     """
 
+    # That this is not what it is, is the point: type checkers are right to object.
     __class__ = CoroutineType  # type: ignore[assignment]
 
     def __init__(self, memory: _Memory, tally: Tally, behave: Behaviour) -> None:

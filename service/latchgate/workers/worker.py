@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("latchgate.workers.worker")
 
 YOUNG_OBJECTS: Final = 10_000
-"""How many new objects the garbage collector waits for; Python's 700 would have it look at every other call."""
+"""How many new objects the garbage collector waits for before it looks at them; with Python alone it is 700."""
 LAST_S: Final = 10.0
 """How long a worker may take to stop beyond the time that calls have to finish."""
 
