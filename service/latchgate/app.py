@@ -68,6 +68,7 @@ from latchgate.web.server import HttpListenError, HttpServer
 # Elsewhere than on Linux the monotonic clock does not stop.
 _BOOTTIME: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 LOOKUP_SPACING_S: Final = 0.004
+LOOKUP_PLENTY: Final = 16
 # For what tells workers of each other: a connection that is dead is to be known within a second.
 LINK_TIMEOUT_S: Final = 0.5
 PROBE_INTERVAL_S: Final = 1.0
@@ -243,6 +244,7 @@ async def _get_ready(stack: AsyncExitStack, parts: Parts, dsn: str, owner_dsn: s
         observer=parts.metrics,
         monotonic=time.monotonic,
         spacing_s=LOOKUP_SPACING_S,
+        plenty=LOOKUP_PLENTY,
     )
     stack.push_async_callback(reader.close)
     coherence = Coherence(

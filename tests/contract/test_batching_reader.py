@@ -101,10 +101,16 @@ def observer() -> Observer:
 
 
 def make_reader(
-    statements: Statements, observer: Observer, spacing_s: float = 0.0, clock: ManualClock | None = None
+    statements: Statements,
+    observer: Observer,
+    spacing_s: float = 0.0,
+    clock: ManualClock | None = None,
+    plenty: int = MAX_BATCH,
 ) -> BatchingKeyReader:
     """The reader over statements that the test answers."""
-    return BatchingKeyReader(statements.find, observer=observer, monotonic=clock or ManualClock(), spacing_s=spacing_s)
+    return BatchingKeyReader(
+        statements.find, observer=observer, monotonic=clock or ManualClock(), spacing_s=spacing_s, plenty=plenty
+    )
 
 
 def started(reader: BatchingKeyReader, *digests: bytes) -> list[asyncio.Task[Lookup]]:
@@ -196,6 +202,35 @@ async def test_statements_are_kept_apart_from_the_answer_on(statements: Statemen
     back += await asked(reader, B)
     assert [A, B] == await statements.answer(2)
     assert [lookup(2)] * 2 == await asyncio.gather(*back)
+
+
+async def test_plenty_of_lookups_are_not_kept_apart(statements: Statements, observer: Observer) -> None:
+    """As soon as enough wait to be worth a statement it goes out, be it while they come or when the one before them has
+    been answered; fewer of them wait on.
+    """
+    reader = make_reader(statements, observer, spacing_s=3600, plenty=3)
+    first = await asked(reader, A, B)
+    await statements.answer(1)
+    second = [*await asked(reader, A), *await asked(reader, B)]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert statements.sent.empty()
+    second += await asked(reader, C)
+    digests, answer = await statements.sent.get()
+    assert [A, B, C] == digests
+
+    third = await asked(reader, C, B, A)
+    answer.set_result(dict.fromkeys(digests, lookup(2)))
+    assert [C, B, A] == await statements.answer(3)
+    (alone,) = await asked(reader, A)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert statements.sent.empty()
+    assert [1, 1, 2, 2, 2, 3, 3, 3] == [each.revision for each in await asyncio.gather(*first, *second, *third)]
+
+    await reader.close()
+    with pytest.raises(StorageUnavailableError):
+        await alone
 
 
 async def test_lookup_that_comes_alone_waits_for_nothing(statements: Statements, observer: Observer) -> None:

@@ -60,7 +60,7 @@ class Worker:
             link=Link(name, timeout_s=LINK_TIMEOUT_S), boottime=self.boottime, poke=self.membership.poke
         )
         self.lookups = BatchingKeyReader(
-            find_many(lookup_link(name), _show), observer=self, monotonic=self.loop.time, spacing_s=0.004
+            find_many(lookup_link(name), _show), observer=self, monotonic=self.loop.time, spacing_s=0.004, plenty=3
         )
         self.reader = _NotingReader(self.lookups)
         self.validator = Validator(

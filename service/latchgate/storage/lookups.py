@@ -69,7 +69,8 @@ class BatchingKeyReader:
 
     While a statement is out, lookups gather; the next one takes them all. Where they come in numbers, statements are
     kept `spacing_s` apart as well, so that each carries several: a statement costs this process about ten times what
-    each digest in it does. A lookup that comes alone waits for nothing.
+    each digest in it does. A lookup that comes alone waits for nothing, nor do `plenty` that wait together: more would
+    save little, and while the database is at work on some this process is at work on others.
 
     A lookup is never answered by a statement that was sent before it came: the answer would be older than the question.
 
@@ -83,13 +84,17 @@ class BatchingKeyReader:
         observer: LookupObserver,
         monotonic: Callable[[], float],
         spacing_s: float = 0.0,
+        plenty: int = MAX_BATCH,
     ) -> None:
         """Takes how to find many, and who is told."""
         self._find = find
         self._observer = observer
         self._monotonic = monotonic
         self._spacing_s = spacing_s
+        self._plenty = plenty
         self._next_s = 0.0
+        # What is waited for while statements are kept apart.
+        self._due: asyncio.Future[None] | None = None
         self._waiting: dict[bytes, list[asyncio.Future[Lookup]]] = {}
         self._serving: asyncio.Task[None] | None = None
         self._problem = ""
@@ -101,6 +106,8 @@ class BatchingKeyReader:
             raise StorageUnavailableError(self._problem)
         answer: asyncio.Future[Lookup] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(digest, []).append(answer)
+        if self._due is not None and len(self._waiting) >= self._plenty:
+            _settle(self._due)
         self._serve_soon()
         return await answer
 
@@ -125,9 +132,7 @@ class BatchingKeyReader:
         """Sends statements until nobody waits; while the database is away, until it is back."""
         try:
             while self._waiting:
-                pause_s = self._next_s - self._monotonic()
-                if pause_s > 0:
-                    await asyncio.sleep(pause_s)
+                await self._until_due()
                 batch = self._take(MAX_BATCH)
                 await self._answer(batch)
                 if sum(map(len, batch.values())) > 1:
@@ -137,6 +142,20 @@ class BatchingKeyReader:
                     await self._until_back()
         finally:
             self._serving = None
+
+    async def _until_due(self) -> None:
+        """Keeps the next statement apart from the last one, unless there is plenty for it."""
+        pause_s = self._next_s - self._monotonic()
+        if pause_s <= 0 or len(self._waiting) >= self._plenty:
+            return
+        loop = asyncio.get_running_loop()
+        self._due = loop.create_future()
+        timer = loop.call_later(pause_s, _settle, self._due)
+        try:
+            await self._due
+        finally:
+            timer.cancel()
+            self._due = None
 
     def _take(self, count: int) -> dict[bytes, list[asyncio.Future[Lookup]]]:
         if len(self._waiting) <= count:
@@ -193,3 +212,8 @@ class BatchingKeyReader:
             for answer in answers:
                 if not answer.done():
                     answer.set_exception(StorageUnavailableError(problem) if isinstance(problem, str) else problem)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
