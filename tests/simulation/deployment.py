@@ -142,7 +142,9 @@ class Simulation:
         problem: Exception | None = None
         try:
             # As latchgate.rpc does: from memory in one go if that will do.
-            recalled = worker.validator.recall(question.token.encode(), Need.of((), "", 1, min_revision))
+            recalled = worker.validator.recall(
+                question.token.encode(), Need.of((), "", 1, min_revision), worker.validator.clock()
+            )
             verdict = Verdict._make(
                 recalled or await worker.validator.validate(question.token, min_revision=min_revision)
             )

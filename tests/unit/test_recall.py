@@ -15,10 +15,13 @@ from latchgate.domain.model import KeyRecord, Outcome, Verdict
 from latchgate.domain.validation import Need
 from latchgate.observability import Metrics
 from latchgate.rpc.answers import AnswerWriter
+from latchgate.rpc.pipeline import Backend, Pipeline
 from latchgate.rpc.recall import MAX_NEEDS, Recall
+from latchgate.rpc.server import VALIDATE
 from support.records import KEY_RECORD, NOW_S
 
 TOKEN = "lk_0123456789abcdefghijABCDEFGHIJ0123456789"
+CAME_S = 1234.5
 ANSWER = AnswerWriter(0.0).write(Verdict(Outcome.VALID, 1, NOW_S, KEY_RECORD))
 
 
@@ -29,8 +32,9 @@ class Judge:
         self.good = good.encode()
         self.asked: list[tuple[bytes, Need]] = []
 
-    def recall(self, token: bytes, need: Need) -> Verdict | None:
+    def recall(self, token: bytes, need: Need, local_s: float) -> Verdict | None:
         """Judges."""
+        assert CAME_S == local_s
         self.asked.append((token, need))
         record: KeyRecord = KEY_RECORD
         return Verdict(Outcome.VALID, 1, NOW_S, record) if token == self.good else None
@@ -62,7 +66,7 @@ def test_what_is_needed_is_what_protobuf_reads(request: pb.ValidateRequest) -> N
     raw = request.SerializeToString()
     for _ in range(2):
         try:
-            answer = recall.answer(raw)
+            answer = recall.answer(raw, CAME_S)
         except IndexError:
             assert len(raw) < 2
             return
@@ -85,7 +89,7 @@ def test_what_is_answered_is_what_the_bytes_say(raw: bytes, tail: bytes) -> None
     recall = recalling(Judge())
     for data in (raw, raw + tail):
         try:
-            answer = recall.answer(data)
+            answer = recall.answer(data, CAME_S)
         except Exception:  # noqa: BLE001, S112 - whatever it is, the request is gone into
             continue
         if answer is not None:
@@ -96,7 +100,7 @@ def test_the_last_token_counts() -> None:
     """Of two tokens in one request the last one counts for protobuf: such a request is gone into."""
     judge = Judge()
     raw = pb.ValidateRequest(token=TOKEN).SerializeToString() + pb.ValidateRequest(token="other").SerializeToString()
-    assert recalling(judge).answer(raw) is None
+    assert recalling(judge).answer(raw, CAME_S) is None
     assert [] == judge.asked
 
 
@@ -104,8 +108,8 @@ def test_a_cut_token_is_no_request() -> None:
     """A message that ends before its token does is none, even if what there is of it would be a token."""
     judge = Judge()
     recall = recalling(judge)
-    assert ANSWER == recall.answer(pb.ValidateRequest(token=TOKEN).SerializeToString())
-    assert recall.answer(bytes((0x0A, len(TOKEN) + 1)) + TOKEN.encode()) is None
+    assert ANSWER == recall.answer(pb.ValidateRequest(token=TOKEN).SerializeToString(), CAME_S)
+    assert recall.answer(bytes((0x0A, len(TOKEN) + 1)) + TOKEN.encode(), CAME_S) is None
 
 
 def test_bad_needs_are_gone_into() -> None:
@@ -114,14 +118,17 @@ def test_bad_needs_are_gone_into() -> None:
     raw = pb.ValidateRequest(token=TOKEN, cost=1_000_001).SerializeToString()
     for _ in range(2):
         with pytest.raises(InvalidFieldError):
-            recall.answer(raw)
+            recall.answer(raw, CAME_S)
 
 
 def test_long_requests_are_gone_into() -> None:
     """What is kept of requests is small: one with many permissions is answered without being kept."""
     recall = recalling(Judge())
     permissions = [f"area{number}:read" for number in range(100)]
-    assert recall.answer(pb.ValidateRequest(token=TOKEN, required_permissions=permissions).SerializeToString()) is None
+    assert (
+        recall.answer(pb.ValidateRequest(token=TOKEN, required_permissions=permissions).SerializeToString(), CAME_S)
+        is None
+    )
     assert {} == recall.needs
 
 
@@ -129,7 +136,7 @@ def test_kinds_of_requests_are_bounded() -> None:
     """However requests differ, what is kept of them stays within bounds, and holds nothing of any token."""
     recall = recalling(Judge())
     for cost in range(MAX_NEEDS + 10):
-        assert ANSWER == recall.answer(pb.ValidateRequest(token=TOKEN, cost=cost).SerializeToString())
+        assert ANSWER == recall.answer(pb.ValidateRequest(token=TOKEN, cost=cost).SerializeToString(), CAME_S)
         assert len(recall.needs) <= MAX_NEEDS
     assert not [rest for rest in recall.needs if TOKEN[:8].encode() in rest]
 
@@ -139,16 +146,16 @@ def test_every_outcome_is_counted_as_what_it_is(outcome: Outcome) -> None:
     """Answers from memory are counted by their outcome, whatever it is, and by no other."""
 
     class Decided(Judge):
-        def recall(self, token: bytes, need: Need) -> Verdict | None:
+        def recall(self, token: bytes, need: Need, local_s: float) -> Verdict | None:
             """Gives the outcome."""
-            del token, need
+            del token, need, local_s
             return Verdict(outcome, 1)
 
     validator: Any = Decided()
     metrics = Metrics(CollectorRegistry())
     recall = Recall(validator, AnswerWriter(0.0), metrics.tally("KeyService/Validate"), metrics)
     for _ in range(3):
-        answer = recall.answer(pb.ValidateRequest(token=TOKEN).SerializeToString())
+        answer = recall.answer(pb.ValidateRequest(token=TOKEN).SerializeToString(), CAME_S)
         assert answer is not None
         assert f"OUTCOME_{outcome.name}" == pb.Outcome.Name(pb.ValidateResponse.FromString(answer).outcome)
     # Twice: what was handed on once is not handed on again.
@@ -161,3 +168,31 @@ def test_every_outcome_is_counted_as_what_it_is(outcome: Outcome) -> None:
             if sample.name.endswith("_total") and sample.value
         }
         assert {outcome.name: 3.0} == counted
+
+
+async def test_the_time_as_of_which_it_is_judged_is_memorys() -> None:
+    """A call is judged as of when it came, by the clock by which leases end and no other, and timed by it as well."""
+    metrics, times = Metrics(CollectorRegistry()), iter((CAME_S, CAME_S + 0.25))
+
+    class Clocked(Judge):
+        def clock(self) -> float:
+            """Goes on by a quarter of a second."""
+            return next(times)
+
+    validator: Any = Clocked()
+    unused: Any = None
+    pipeline = Pipeline(metrics, is_validate_open=True)
+    behave = pipeline.recalling(VALIDATE, unused)
+    recall = Recall(validator, AnswerWriter(0.0), metrics.tally("KeyService/Validate"), metrics)
+    backend = Backend(
+        validator=validator,
+        trail=unused,
+        recalls={VALIDATE.full_name: recall.answer},
+        boottime=unused,
+        services={},
+    )
+    pipeline.connect(backend)
+
+    assert ANSWER == await behave(pb.ValidateRequest(token=TOKEN).SerializeToString(), unused)
+    labels = {"method": "KeyService/Validate"}
+    assert 0.25 == metrics.registry.get_sample_value("latchgate_call_seconds_sum", labels)

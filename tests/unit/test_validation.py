@@ -27,6 +27,7 @@ from latchgate.domain.model import (
     NO_PERMITS,
     NO_USES,
     Environment,
+    Judgement,
     KeyRecord,
     KeyType,
     Lookup,
@@ -224,6 +225,11 @@ class ScriptedMemory:
     def keep_unknown(self, fingerprint: bytes, lookup: Lookup, *, sent_s: float) -> None:
         """Takes note."""
         self.kept_unknown.append((fingerprint, lookup, sent_s))
+
+
+def recall(validator: Validator, need: Need) -> Judgement | None:
+    """Has a validator judge TOKEN from memory now."""
+    return validator.recall(TOKEN.encode(), need, validator.clock())
 
 
 class Scene:
@@ -460,7 +466,7 @@ def test_nothing_is_recalled_that_the_limiter_can_not_say() -> None:
     scene = Scene()
     scene.memory.known = Lookup(RECORD, NOW_S, REVISION)
     scene.limiter.hesitations = 1
-    assert scene.validator.recall(TOKEN.encode(), Need.of(NEEDED, CLIENT_IP, 1, 0)) is None
+    assert recall(scene.validator, Need.of(NEEDED, CLIENT_IP, 1, 0)) is None
     assert ([], []) == (scene.limiter.asked, scene.usage.recorded)
 
 
@@ -956,7 +962,7 @@ async def test_what_is_recalled_is_what_would_be_found(outcomes: tuple[Outcome, 
     recalled, found = scene_with(*outcomes), scene_with(*outcomes)
     known = Lookup(recalled.reader.records.get(digest(TOKEN)), NOW_S, REVISION)
     recalled.memory.known = found.memory.known = known
-    verdict = recalled.validator.recall(TOKEN.encode(), Need.of(NEEDED, CLIENT_IP, 5, REVISION))
+    verdict = recall(recalled.validator, Need.of(NEEDED, CLIENT_IP, 5, REVISION))
     assert verdict is not None
     assert outcomes[:1] == (() if verdict[0] is Outcome.VALID else verdict[:1])
     assert verdict == await found.validator.validate(
@@ -1002,7 +1008,7 @@ async def test_recalled_is_what_is_found(
     scene = Scene()
     scene.memory.known = Lookup(record, NOW_S, REVISION)
     found = await scene.validator.validate(TOKEN, required_permissions=needed, client_ip=client_ip)
-    recalled = scene.validator.recall(TOKEN.encode(), Need.of(needed, client_ip, 1, 0))
+    recalled = recall(scene.validator, Need.of(needed, client_ip, 1, 0))
     assert found == recalled
 
 
@@ -1056,7 +1062,7 @@ def test_what_is_recalled_is_what_memory_finds(steps: list[tuple[str, float]], m
             memory.read(reading, sent_s=clock(), is_renewal=step != "miss a renewal")
         clock.advance(seconds)
         before = memory.hits
-        recalled = validator.recall(TOKEN.encode(), Need.of((), "", 1, min_revision))
+        recalled = recall(validator, Need.of((), "", 1, min_revision))
         hits = memory.hits - before
         # After it: what it finds to be of the past it forgets.
         found = memory.find(known_by(TOKEN), min_revision)
@@ -1074,21 +1080,21 @@ def test_what_is_recalled_is_in_use() -> None:
     validator = validator_over(memory, scene)
     for held in (known_by(TOKEN), known_by(FOREIGN_TOKEN)):
         memory.keep(held, Lookup(KEY_RECORD, NOW_S, 0), sent_s=clock())
-    assert validator.recall(TOKEN.encode(), Need.of((), "", 1, 0)) is not None
+    assert recall(validator, Need.of((), "", 1, 0)) is not None
     memory.keep(known_by("a new token"), Lookup(KEY_RECORD, NOW_S, 0), sent_s=clock())
     assert {known_by(TOKEN), known_by("a new token")} == set(cache.entries)
 
 
 def test_nothing_is_recalled_of_what_memory_does_not_know() -> None:
     """Memory that says nothing is not taken for a yes."""
-    assert Scene().validator.recall(TOKEN.encode(), Need.of((), "", 1, 0)) is None
+    assert recall(Scene().validator, Need.of((), "", 1, 0)) is None
 
 
 def test_what_nobody_knows_is_not_recalled() -> None:
     """That a token is none is not said in haste, though memory knows it: those who try many have to wait."""
     scene = Scene()
     scene.memory.known = Lookup(None, NOW_S, REVISION)
-    assert scene.validator.recall(TOKEN.encode(), Need.of((), "", 1, 0)) is None
+    assert recall(scene.validator, Need.of((), "", 1, 0)) is None
 
 
 async def test_many_unknown_tokens_have_to_wait() -> None:
@@ -1152,10 +1158,10 @@ def test_address_of_a_key_that_is_bound_to_networks() -> None:
     scene.memory.known = Lookup(RECORD, NOW_S, REVISION)
     need = Need.of(NEEDED, "10.0.0.0/8", 1, 0)
     with pytest.raises(InvalidFieldError) as caught:
-        scene.validator.recall(TOKEN.encode(), need)
+        recall(scene.validator, need)
     assert ["client_ip"] == [named for named, _ in caught.value.violations]
     scene.memory.known = Lookup(replace(RECORD, networks=()), NOW_S, REVISION)
-    verdict = scene.validator.recall(TOKEN.encode(), need)
+    verdict = recall(scene.validator, need)
     assert verdict is not None
     assert Outcome.VALID is verdict[0]
 
@@ -1175,7 +1181,7 @@ class Counted:
 
     def recall(self, cost: int = 1) -> Verdict:
         """Has the token judged from memory."""
-        judgement = self.scene.validator.recall(TOKEN.encode(), Need.of(NEEDED, "", cost, 0))
+        judgement = recall(self.scene.validator, Need.of(NEEDED, "", cost, 0))
         assert judgement is not None
         return Verdict._make(judgement)
 
@@ -1319,8 +1325,8 @@ async def test_counting_in_place_comes_to_the_same(steps: list[tuple[str, float]
             memory_clock.advance(number)
             continue
         scene.memory.known = Lookup(record, NOW_S, REVISION)
-        recalled = recalling.recall(TOKEN.encode(), Need.of(NEEDED, "", int(number), 0))
+        recalled = recall(recalling, Need.of(NEEDED, "", int(number), 0))
         other.permits = NO_PERMITS
         scene.memory.known = Lookup(other, NOW_S, REVISION)
-        asked = asking.recall(TOKEN.encode(), Need.of(NEEDED, "", int(number), 0))
+        asked = recall(asking, Need.of(NEEDED, "", int(number), 0))
         assert recalled == asked

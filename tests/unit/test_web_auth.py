@@ -24,6 +24,10 @@ class Failing:
     def __init__(self, error: Exception) -> None:
         self.error = error
 
+    def clock(self) -> float:
+        """Stands still."""
+        return 0.0
+
     def recall(self, *_arguments: object) -> None:
         """Knows nothing."""
 

@@ -151,7 +151,8 @@ class Validator:
         self._tokens = tokens
         self._keys = keys
         self._memory = memory
-        self._now_s = memory.now_s
+        # By which `recall` is told when a request came.
+        self.clock = memory.now_s
         self._entry = memory.entries.get
         self._limiter = limiter
         self._usage = usage
@@ -159,16 +160,18 @@ class Validator:
         self._patience = patience
         self._suspicion = suspicion
 
-    def recall(self, token: bytes, need: Need) -> Judgement | None:
+    def recall(self, token: bytes, need: Need, local_s: float) -> Judgement | None:
         """Judges a token from memory, without waiting; None if memory can not say, and `validate` has to be asked.
 
-        Raises InvalidFieldError. This is what nearly all calls are answered by, so it is written for speed: under load
+        The judgement is that of `local_s`, a time by `clock` at which the request was there. Raises InvalidFieldError.
+
+        This is what nearly all calls are answered by, so it is written for speed: under load
         each step costs several times what it costs in a loop of its own. It is found in one piece, as KeyMemory.find
         would; a key against which there is nothing to say is judged so as well, by the rules of `_judge`, and counted
         as Limiter.take and UsageRecorder.used would.
         """
         permissions, _, cost, min_revision = need
-        memory, local_s = self._memory, self._now_s()
+        memory = self._memory
         revision = memory.applied_revision
         if local_s >= memory.lease_until_s or revision < min_revision:
             return None

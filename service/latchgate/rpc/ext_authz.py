@@ -86,13 +86,16 @@ class CheckRecall:
         self._tally = tally
         self._outcomes = outcomes
 
-    def answer(self, raw: bytes) -> bytes | None:
-        """Gives the answer; None if memory does not have it. Raises what CheckReader does, and InvalidFieldError."""
+    def answer(self, raw: bytes, came_s: float) -> bytes | None:
+        """Gives the answer to a request that was there at `came_s` by the validator's clock.
+
+        None if memory does not have it. Raises what CheckReader does, and InvalidFieldError.
+        """
         check = self._read(raw)
         if check.problem is not None:
             self._outcomes.unjudged(check.problem.value)
             return refused(check.problem, check)
-        judgement = self._recall(check.token, check.need)
+        judgement = self._recall(check.token, check.need, came_s)
         if judgement is None:
             return None
         if judgement[0] is _VALID:

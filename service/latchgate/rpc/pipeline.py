@@ -39,8 +39,11 @@ StreamHandler = Callable[[Any], Callable[[Any, Caller], Awaitable[Message]]]
 ValidationHandler = Callable[[Any, Any, Caller | None], Awaitable[Message | bytes]]
 Behaviour = Callable[[bytes, Context], Awaitable[Message | bytes]]
 StreamBehaviour = Callable[[AsyncIterator[bytes], Context], Awaitable[None]]
-FromMemory = Callable[[bytes], bytes | None]
-"""Gives the answer to a request, both in bytes, from memory; None, or an error, if that takes more."""
+FromMemory = Callable[[bytes, float], bytes | None]
+"""Gives the answer to a request, both in bytes, from memory; None, or an error, if that takes more.
+
+It is told at what time by the validator's clock the request was there.
+"""
 Refuse = Callable[[status_pb2.Status, bytes, Context], bytes | None]
 """Gives the answer to a request that says an error in the words of a protocol; None where the call ends with it."""
 
@@ -86,7 +89,7 @@ class Pipeline:
         self._backend = backend
         if self._is_validate_open and self._gate is None:
             for method, memory in self._memories.items():
-                memory.recall = backend.recalls[method]
+                memory.recall, memory.clock = backend.recalls[method], backend.validator.clock
 
     def hold(self) -> None:
         """Makes all calls that come from now on wait until `release`."""
@@ -284,16 +287,17 @@ class Pipeline:
         return _Recalling(memory, self._observer.tally(method_name(method)), behave)
 
 
-def _never(_raw: bytes) -> bytes | None:
+def _never(_raw: bytes, _came_s: float) -> bytes | None:
     """Remembers nothing: before there is anything to answer from, and once calls are held."""
     return None
 
 
 class _Memory:
-    """What is answered from memory now."""
+    """What is answered from memory now, and the clock by which it is, in seconds."""
 
     def __init__(self) -> None:
         self.recall: FromMemory = _never
+        self.clock: Callable[[], float] = perf_counter
 
 
 class _Recalling:
@@ -312,14 +316,17 @@ class _Recalling:
         self._behave = behave
 
     async def __call__(self, raw: bytes, context: Context) -> Message | bytes:
-        start_s = perf_counter()
+        memory = self._memory
+        clock = memory.clock
+        # Read once for how long the call takes and for the time as of which it is judged.
+        came_s = clock()
         try:
-            answer = self._memory.recall(raw)
+            answer = memory.recall(raw, came_s)
         except Exception:  # noqa: BLE001 - what it is, is found out and told below
             answer = None
         if answer is None:
             return await self._behave(raw, context)
-        seconds = perf_counter() - start_s
+        seconds = clock() - came_s
         tally = self._tally
         if seconds < tally.quick_s:
             tally.quick += 1

@@ -42,10 +42,10 @@ class Recall:
         # By the bytes that say it.
         self.needs: dict[bytes, Need] = {}
 
-    def answer(self, raw: bytes) -> bytes | None:
-        """Gives the answer; None for a request that has to be gone into.
+    def answer(self, raw: bytes, came_s: float) -> bytes | None:
+        """Gives the answer to a request that was there at `came_s` by the validator's clock.
 
-        Raises IndexError for one without a token, and InvalidFieldError.
+        None for one that has to be gone into. Raises IndexError for one without a token, and InvalidFieldError.
         """
         length = raw[1]
         if raw[0] != _TOKEN_TAG or length > _MAX_LENGTH:
@@ -59,7 +59,7 @@ class Recall:
         # Not cut off: a token that is whole makes no request that is.
         if len(token) != length:
             return None
-        judgement = self._recall(token, need)
+        judgement = self._recall(token, need, came_s)
         if judgement is None:
             return None
         if judgement[0] is _VALID:

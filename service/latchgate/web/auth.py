@@ -118,7 +118,7 @@ class AuthEndpoint:
         validator = self._validator
         if validator is None:
             raise StorageUnavailableError("the service is starting and waits for its database")
-        judgement = validator.recall(token, need) or await validator.validate(
+        judgement = validator.recall(token, need, validator.clock()) or await validator.validate(
             # What is not ASCII is no token, whatever it is.
             token.decode("latin-1"),
             required_permissions=sorted(need.permissions),
