@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ from latchgate.observability import Metrics
 from latchgate.rpc.answers import AnswerWriter
 from latchgate.rpc.pipeline import Backend, Pipeline
 from latchgate.rpc.recall import MAX_NEEDS, Recall
+from latchgate.rpc.requests import parse
 from latchgate.rpc.server import VALIDATE
 from support.records import KEY_RECORD, NOW_S
 
 TOKEN = "lk_0123456789abcdefghijABCDEFGHIJ0123456789"
 CAME_S = 1234.5
+NONE = Verdict(Outcome.NOT_FOUND, 7)
 ANSWER = AnswerWriter(0.0).write(Verdict(Outcome.VALID, 1, NOW_S, KEY_RECORD))
 
 
@@ -31,6 +34,7 @@ class Judge:
     def __init__(self, good: str = TOKEN) -> None:
         self.good = good.encode()
         self.asked: list[tuple[bytes, Need]] = []
+        self.decided: list[tuple[str, Need]] = []
 
     def recall(self, token: bytes, need: Need, local_s: float) -> Verdict | None:
         """Judges."""
@@ -39,12 +43,27 @@ class Judge:
         record: KeyRecord = KEY_RECORD
         return Verdict(Outcome.VALID, 1, NOW_S, record) if token == self.good else None
 
+    async def decide(self, token: str, need: Need) -> Verdict:
+        """Says of all others that they are none."""
+        self.decided.append((token, need))
+        return NONE
+
 
 def recalling(judge: Judge) -> Recall:
     """Puts a judge behind the hot path."""
     validator: Any = judge
     metrics = Metrics(CollectorRegistry())
     return Recall(validator, AnswerWriter(0.0), metrics.tally("KeyService/Validate"), metrics)
+
+
+def written(answer: bytes | Coroutine[Any, Any, bytes] | None) -> bytes | None:
+    """Gives an answer, and awaits it if it is to be: nothing here takes time."""
+    if not isinstance(answer, Coroutine):
+        return answer
+    with pytest.raises(StopIteration) as ended:
+        answer.send(None)
+    value: bytes = ended.value.value
+    return value
 
 
 requests = st.builds(
@@ -60,20 +79,27 @@ requests = st.builds(
 @given(request=requests)
 @example(request=pb.ValidateRequest(token=TOKEN, cost=0))
 def test_what_is_needed_is_what_protobuf_reads(request: pb.ValidateRequest) -> None:
-    """For any request as clients write it, the judge is asked for its token and for just what it needs."""
+    """For any request as clients write it, the judge is asked for its token and for just what it needs, in memory and
+    where that does not have it.
+    """
     judge = Judge()
     recall = recalling(judge)
     raw = request.SerializeToString()
     for _ in range(2):
         try:
-            answer = recall.answer(raw, CAME_S)
+            answer = written(recall.answer(raw, CAME_S))
         except IndexError:
             assert len(raw) < 2
             return
-        assert (ANSWER if request.token == TOKEN else None) == answer
+        if judge.asked:
+            assert (ANSWER if request.token == TOKEN else AnswerWriter(0.0).write(NONE)) == answer
+        else:
+            assert answer is None
     cost = request.cost if request.HasField("cost") else 1
     need = Need.of(request.required_permissions, request.client_ip, cost, request.min_revision)
     assert all((request.token.encode(), need) == each for each in judge.asked)
+    text = request.token.encode().decode("latin-1")
+    assert ([] if request.token == TOKEN else [(text, need)] * len(judge.asked)) == judge.decided
     assert 2 == len(judge.asked) or not 0 < len(request.token.encode()) < 128
 
 
@@ -89,11 +115,12 @@ def test_what_is_answered_is_what_the_bytes_say(raw: bytes, tail: bytes) -> None
     recall = recalling(Judge())
     for data in (raw, raw + tail):
         try:
-            answer = recall.answer(data, CAME_S)
+            answer = written(recall.answer(data, CAME_S))
         except Exception:  # noqa: BLE001, S112 - whatever it is, the request is gone into
             continue
         if answer is not None:
-            assert TOKEN == pb.ValidateRequest.FromString(data).token
+            token = parse(pb.ValidateRequest, data).token
+            assert (ANSWER if token == TOKEN else AnswerWriter(0.0).write(NONE)) == answer
 
 
 def test_the_last_token_counts() -> None:
@@ -156,7 +183,7 @@ def test_every_outcome_is_counted_as_what_it_is(outcome: Outcome) -> None:
     recall = Recall(validator, AnswerWriter(0.0), metrics.tally("KeyService/Validate"), metrics)
     for _ in range(3):
         answer = recall.answer(pb.ValidateRequest(token=TOKEN).SerializeToString(), CAME_S)
-        assert answer is not None
+        assert isinstance(answer, bytes)
         assert f"OUTCOME_{outcome.name}" == pb.Outcome.Name(pb.ValidateResponse.FromString(answer).outcome)
     # Twice: what was handed on once is not handed on again.
     for _ in range(2):

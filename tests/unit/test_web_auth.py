@@ -31,7 +31,7 @@ class Failing:
     def recall(self, *_arguments: object) -> None:
         """Knows nothing."""
 
-    async def validate(self, *_arguments: object, **_named: object) -> None:
+    async def decide(self, *_arguments: object, **_named: object) -> None:
         """Fails."""
         raise self.error
 

@@ -53,6 +53,11 @@ def fingerprint(token: bytes) -> bytes:
     return blake2s(token).digest()
 
 
+def as_text(token: bytes) -> str:
+    """Gives a token that came as bytes; what is not ASCII is no token, whatever it is."""
+    return token.decode("latin-1")
+
+
 class ForeignLookupBudget:
     """Bounds how often tokens of foreign formats, which anyone can invent, reach the database.
 
@@ -211,12 +216,18 @@ class Validator:
         min_revision: int = 0,
         only_organization_id: str = "",
     ) -> Verdict:
-        """Judges a token for a request; with `only_organization_id`, tokens of others are as if they were not there.
-
-        Raises InvalidFieldError for a request that makes no sense, RevisionUnknownError for a min_revision that was
-        never given out, and UnavailableError when it can not be decided.
-        """
+        """Judges a token for a request, as `decide` does. Raises InvalidFieldError for one that makes no sense."""
         need = Need.of(required_permissions, client_ip, cost, min_revision)
+        return await self.decide(token, need, only_organization_id=only_organization_id)
+
+    async def decide(self, token: str, need: Need, *, only_organization_id: str = "") -> Verdict:
+        """Judges a token for what a request needs, and asks storage where memory can not say.
+
+        With `only_organization_id`, tokens of others are as if they were not there. Raises InvalidFieldError for an
+        address that is none where one is needed, RevisionUnknownError for a min_revision that was never given out, and
+        UnavailableError when it can not be decided.
+        """
+        _, client_ip, cost, min_revision = need
         known_by = fingerprint(token.encode()) if may_be_token(token) else None
         while known_by is not None:
             # What is in memory had a right tag when it came there.

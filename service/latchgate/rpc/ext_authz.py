@@ -5,6 +5,7 @@ https://www.envoyproxy.io/docs/envoy/latest/configuration/http/http_filters/ext_
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from time import monotonic
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from google.rpc import status_pb2
 from latchgate.domain import access
 from latchgate.domain.errors import InvalidFieldError, MalformedRequestError
 from latchgate.domain.model import Caller, Outcome
-from latchgate.domain.validation import Validator
+from latchgate.domain.validation import Validator, as_text
 from latchgate.observers import OutcomeObserver, Tally
 from latchgate.rpc.check_request import Check, CheckReader, is_from_grpc
 from latchgate.rpc.check_response import CheckWriter, overrun, refused, undecided
@@ -51,13 +52,8 @@ class ExtAuthz:
         if check.problem is not None:
             self._outcomes.unjudged(check.problem.value)
             return refused(check.problem, check)
-        verdict = await self._validator.validate(
-            # What is not ASCII is no token, whatever it is.
-            check.token.decode("latin-1"),
-            required_permissions=sorted(check.need.permissions),
-            client_ip=check.need.client_ip,
-            cost=check.need.cost,
-            only_organization_id=access.only_organization(caller),
+        verdict = await self._validator.decide(
+            as_text(check.token), check.need, only_organization_id=access.only_organization(caller)
         )
         self._outcomes.outcome(verdict.outcome)
         return self._writer.write(verdict, check)
@@ -81,15 +77,17 @@ class CheckRecall:
     ) -> None:
         """Takes who judges, who reads and writes, and who is told of outcomes: of VALID the tally."""
         self._recall = validator.recall
+        self._decide = validator.decide
         self._read = reader.read
         self._write = writer.write
         self._tally = tally
         self._outcomes = outcomes
 
-    def answer(self, raw: bytes, came_s: float) -> bytes | None:
+    def answer(self, raw: bytes, came_s: float) -> bytes | Coroutine[Any, Any, bytes]:
         """Gives the answer to a request that was there at `came_s` by the validator's clock.
 
-        None if memory does not have it. Raises what CheckReader does, and InvalidFieldError.
+        Where memory does not have it, what gives it is to be awaited. Raises what CheckReader does, and
+        InvalidFieldError.
         """
         check = self._read(raw)
         if check.problem is not None:
@@ -97,12 +95,17 @@ class CheckRecall:
             return refused(check.problem, check)
         judgement = self._recall(check.token, check.need, came_s)
         if judgement is None:
-            return None
+            return self._ask(check)
         if judgement[0] is _VALID:
             self._tally.valid += 1
         else:
             self._outcomes.outcome(judgement[0])
         return self._write(judgement, check)
+
+    async def _ask(self, check: Check) -> bytes:
+        verdict = await self._decide(as_text(check.token), check.need)
+        self._outcomes.outcome(verdict.outcome)
+        return self._write(verdict, check)
 
 
 def refuse(status: status_pb2.Status, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes | None:

@@ -7,11 +7,11 @@ caller over through a context: here a handler is given its request and its calle
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
 from types import CoroutineType
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import structlog
@@ -39,8 +39,9 @@ StreamHandler = Callable[[Any], Callable[[Any, Caller], Awaitable[Message]]]
 ValidationHandler = Callable[[Any, Any, Caller | None], Awaitable[Message | bytes]]
 Behaviour = Callable[[bytes, Context], Awaitable[Message | bytes]]
 StreamBehaviour = Callable[[AsyncIterator[bytes], Context], Awaitable[None]]
-FromMemory = Callable[[bytes, float], bytes | None]
-"""Gives the answer to a request, both in bytes, from memory; None, or an error, if that takes more.
+FromMemory = Callable[[bytes, float], bytes | Coroutine[Any, Any, bytes] | None]
+"""Gives the answer to a request, both in bytes, from memory, or what is to be awaited for it; None, or an error, if the
+request has to be gone into first.
 
 It is told at what time by the validator's clock the request was there.
 """
@@ -48,6 +49,15 @@ Refuse = Callable[[status_pb2.Status, bytes, Context], bytes | None]
 """Gives the answer to a request that says an error in the words of a protocol; None where the call ends with it."""
 
 _log = structlog.get_logger("latchgate.rpc")
+
+
+class HotBehaviour(Protocol):
+    """The behaviour of a method of the hot path."""
+
+    def __call__(
+        self, raw: bytes, context: Context, under_way: Coroutine[Any, Any, bytes] | None = None, /
+    ) -> Awaitable[Message | bytes]:
+        """Answers; what is under way for the answer already is only awaited."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,17 +259,21 @@ class Pipeline:
 
     def validation(
         self, method: MethodDescriptor, handler: ValidationHandler, refuse: Refuse | None = None
-    ) -> Behaviour:
+    ) -> HotBehaviour:
         """Wraps a handler of the hot path: no rules but its own, no log line for an answer.
 
         One that can `refuse` in its own words is given what came as bytes, to read it in its own way.
         """
         name, service, request_type = _described(method)
 
-        async def behave(raw: bytes, context: Context) -> Message | bytes:
+        async def behave(
+            raw: bytes, context: Context, under_way: Coroutine[Any, Any, bytes] | None = None, /
+        ) -> Message | bytes:
             start_s = perf_counter()
             code = grpc.StatusCode.OK
             try:
+                if under_way is not None:
+                    return await under_way
                 backend = await self._admitted()
                 caller = None if self._is_validate_open else await _key_holder(backend, context, Call(), cost=0)
                 request = raw if refuse else parse(request_type, raw)
@@ -281,7 +295,7 @@ class Pipeline:
 
         return behave
 
-    def recalling(self, method: MethodDescriptor, behave: Behaviour) -> Behaviour:
+    def recalling(self, method: MethodDescriptor, behave: HotBehaviour) -> Behaviour:
         """Has a method of the hot path answered from memory, and by `behave` only where that takes more."""
         memory = self._memories[method.full_name] = _Memory()
         return _Recalling(memory, self._observer.tally(method_name(method)), behave)
@@ -310,7 +324,7 @@ class _Recalling:
     # That this is not what it is, is the point: type checkers are right to object.
     __class__ = CoroutineType  # type: ignore[assignment]
 
-    def __init__(self, memory: _Memory, tally: Tally, behave: Behaviour) -> None:
+    def __init__(self, memory: _Memory, tally: Tally, behave: HotBehaviour) -> None:
         self._memory = memory
         self._tally = tally
         self._behave = behave
@@ -324,8 +338,8 @@ class _Recalling:
             answer = memory.recall(raw, came_s)
         except Exception:  # noqa: BLE001 - what it is, is found out and told below
             answer = None
-        if answer is None:
-            return await self._behave(raw, context)
+        if not isinstance(answer, bytes):
+            return await self._behave(raw, context, answer)
         seconds = clock() - came_s
         tally = self._tally
         if seconds < tally.quick_s:

@@ -1,4 +1,4 @@
-"""Validate answered from memory: from the bytes of a request to those of its answer, without waiting for anything.
+"""Validate answered from memory where it can be: from the bytes of a request to those of its answer.
 
 Written for speed: nearly all calls are answered here, on a processor whose caches and predictions were left behind by
 grpc and the kernel, so that each line costs several times what it costs in a loop of its own (docs/settings.md).
@@ -6,11 +6,12 @@ grpc and the kernel, so that each line costs several times what it costs in a lo
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final
 
 from apikeys.v1 import key_service_pb2 as pb
 from latchgate.domain.model import Outcome
-from latchgate.domain.validation import Need, Validator
+from latchgate.domain.validation import Need, Validator, as_text
 from latchgate.observers import OutcomeObserver, Tally
 from latchgate.rpc.answers import AnswerWriter
 
@@ -36,16 +37,18 @@ class Recall:
     def __init__(self, validator: Validator, answers: AnswerWriter, tally: Tally, outcomes: OutcomeObserver) -> None:
         """Takes who judges, who writes, and who is told of outcomes: the tally of VALID, the observer of the others."""
         self._recall = validator.recall
+        self._decide = validator.decide
         self._write = answers.write
         self._tally = tally
         self._outcomes = outcomes
         # By the bytes that say it.
         self.needs: dict[bytes, Need] = {}
 
-    def answer(self, raw: bytes, came_s: float) -> bytes | None:
+    def answer(self, raw: bytes, came_s: float) -> bytes | Coroutine[Any, Any, bytes] | None:
         """Gives the answer to a request that was there at `came_s` by the validator's clock.
 
-        None for one that has to be gone into. Raises IndexError for one without a token, and InvalidFieldError.
+        Where memory does not have it, what gives it is to be awaited; None for one that has to be gone into. Raises
+        IndexError for one without a token, and InvalidFieldError.
         """
         length = raw[1]
         if raw[0] != _TOKEN_TAG or length > _MAX_LENGTH:
@@ -61,12 +64,18 @@ class Recall:
             return None
         judgement = self._recall(token, need, came_s)
         if judgement is None:
-            return None
+            return self._ask(token, need)
         if judgement[0] is _VALID:
             self._tally.valid += 1
         else:
             self._outcomes.outcome(judgement[0])
         return self._write(judgement)
+
+    async def _ask(self, token: bytes, need: Need) -> bytes:
+        """Has it decided with all that it takes."""
+        verdict = await self._decide(as_text(token), need)
+        self._outcomes.outcome(verdict.outcome)
+        return self._write(verdict)
 
     def _learn(self, rest: bytes) -> Need | None:
         """Reads what follows after the token; None if that is not plain, as where another token follows."""

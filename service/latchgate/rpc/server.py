@@ -189,15 +189,16 @@ def _bind(
                 response_serializer=GetMessageClass(method.output_type).SerializeToString,
             )
             continue
+        recalled = method in _RECALLED_METHODS
         if method in _HOT_METHODS:
-            behave = pipeline.validation(method, handler, _REFUSALS.get(method))
+            hot = pipeline.validation(method, handler, _REFUSALS.get(method))
+            behave = pipeline.recalling(method, hot) if recalled else hot
         elif method in _VISITED_METHODS:
             behave = pipeline.visited(method, handler)
         else:
             behave = pipeline.management(method, handler)
-        recalled = method in _RECALLED_METHODS
         handlers[method.name] = grpc.unary_unary_rpc_method_handler(
-            pipeline.recalling(method, behave) if recalled else behave,
+            behave,
             # Requests are parsed within the behaviour, so that unreadable ones are answered like all other errors.
             request_deserializer=None,
             response_serializer=None if recalled else GetMessageClass(method.output_type).SerializeToString,

@@ -18,7 +18,7 @@ from multidict import CIMultiDictProxy
 from latchgate.background import where
 from latchgate.domain.errors import InvalidFieldError, LookupBudgetError, StorageUnavailableError, UnavailableError
 from latchgate.domain.model import Outcome
-from latchgate.domain.validation import Validator
+from latchgate.domain.validation import Validator, as_text
 from latchgate.gateway.answers import (
     COME_BACK,
     DENIALS,
@@ -118,13 +118,7 @@ class AuthEndpoint:
         validator = self._validator
         if validator is None:
             raise StorageUnavailableError("the service is starting and waits for its database")
-        judgement = validator.recall(token, need, validator.clock()) or await validator.validate(
-            # What is not ASCII is no token, whatever it is.
-            token.decode("latin-1"),
-            required_permissions=sorted(need.permissions),
-            client_ip=need.client_ip,
-            cost=need.cost,
-        )
+        judgement = validator.recall(token, need, validator.clock()) or await validator.decide(as_text(token), need)
         outcome, _, _, record, rate = judgement
         self._outcomes.outcome(outcome)
         if outcome is Outcome.VALID and record is not None:
