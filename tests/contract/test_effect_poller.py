@@ -176,18 +176,42 @@ async def test_worker_that_renews_meanwhile_is_not_taken_off(poller: EffectPolle
     assert later.max_remaining is not None
 
 
+async def test_worker_is_not_taken_off_before_it_was_seen_to_be_silent(
+    poller: EffectPoller, observer: Connection
+) -> None:
+    """A worker that has renewed lately keeps its row though its renewal says nothing of the change: where the server's
+    history is another one since, the change that was waited for may be gone, and its number another's. It is taken off
+    when it has been silent for as long as its lease may last, though nobody waits any more.
+    """
+    worker = await insert_worker(observer, lease_s=SHORT_S)
+    revision = await log_change(observer)
+    waiting = asyncio.create_task(poller.wait(revision, math.inf))
+    # Something happens in the middle of the wait.
+    await asyncio.sleep(SHORT_S / 2)
+    renewed_s = boottime()
+    await observer.execute("UPDATE worker SET renewals = renewals + 7")
+    assert Effect(revision=revision) == await waiting
+
+    async def is_taken_off() -> bool:
+        return worker not in await workers(observer)
+
+    await until(is_taken_off)
+    assert boottime() - renewed_s >= wait_of(SHORT_S)
+
+
 async def test_taking_off_is_compare_and_set(observer: Connection) -> None:
     """A worker is taken off only if its row still is as it was judged."""
     worker = await insert_worker(observer)
     revision = await log_change(observer)
     await observer.fetch(queries.LOG_READ_RENEWING, worker, 0, 10)
-    assert await observer.fetchval(queries.WORKER_EVICT, worker, revision) is None
+    renewals = await observer.fetchval("SELECT renewals FROM worker")
+    assert await observer.fetchval(queries.WORKER_EVICT, worker, renewals, revision) is None
     assert await observer.fetchval(queries.WORKER_EVICT_SILENT, worker, 0) is None
     assert {worker} == set(await workers(observer))
-    renewals = await observer.fetchval("SELECT renewals FROM worker")
     assert await observer.fetchval(queries.WORKER_EVICT_SILENT, worker, renewals)
     worker = await insert_worker(observer)
-    assert await observer.fetchval(queries.WORKER_EVICT, worker, revision)
+    assert await observer.fetchval(queries.WORKER_EVICT, worker, 1, revision) is None
+    assert await observer.fetchval(queries.WORKER_EVICT, worker, 0, revision)
     assert {} == await workers(observer)
 
 

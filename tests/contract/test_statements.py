@@ -128,7 +128,7 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "WORKER_INSERT": ("uuid float8", set()),
     "WORKER_ACKNOWLEDGE": ("uuid int8", set()),
     "WORKER_LIST": ("", {"incarnation", "applied_revision", "seen_revision", "renewals", "lease_s", "timeline"}),
-    "WORKER_EVICT": ("uuid int8", {"?column?"}),
+    "WORKER_EVICT": ("uuid int8 int8", {"?column?"}),
     "WORKER_EVICT_SILENT": ("uuid int8", {"?column?"}),
     "WORKER_DELETE": ("uuid", set()),
     "REQUEST_CLAIM": ("bytea bytea", {"slot"}),

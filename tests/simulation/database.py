@@ -206,7 +206,7 @@ class Database:
         elif query == queries.WORKER_DELETE:
             self._commit(_drop(args[0]), is_safe=True)
         elif query in {queries.WORKER_EVICT, queries.WORKER_EVICT_SILENT}:
-            if row is None or self.has_come_back(query, row, args[1]):
+            if row is None or self.has_come_back(query, row, *args[1:]):
                 return []
             self._commit(_drop(args[0]), is_safe=True)
             return [{"bool": True}]
@@ -225,11 +225,11 @@ class Database:
             self._commit(_set(args[0], row), is_safe=_is_safe(query))
         return rows
 
-    def has_come_back(self, query: str, row: WorkerRow, compared: int) -> bool:
+    def has_come_back(self, query: str, row: WorkerRow, renewals: int, revision: int = 0) -> bool:
         """Says whether a worker is not to be taken off: it has renewed its row since, or the change is lost."""
-        if query == queries.WORKER_EVICT:
-            return row.seen_revision >= compared or compared > len(self.state.log)
-        return row.renewals != compared
+        if query == queries.WORKER_EVICT and (row.seen_revision >= revision or revision > len(self.state.log)):
+            return True
+        return row.renewals != renewals
 
     def _commit(self, write: Callable[[State], object], *, is_safe: bool) -> None:
         self._wal.append(write)

@@ -30,17 +30,12 @@ _log = structlog.get_logger("latchgate.coherence")
 
 @dataclass(eq=False, slots=True)
 class _Wait:
-    """A call that waits. `since_s` is a time when its change was committed already.
-
-    `timeline` is the history that the rows were first read in: in another one the revision may be that of another
-    change, for which nobody is to be taken off.
-    """
+    """A call that waits. `since_s` is a time when its change was committed already."""
 
     revision: int
     since_s: float
     remaining_s: float
     ended: asyncio.Future[None]
-    timeline: str = ""
 
     def take(self, remaining_s: float) -> None:
         self.remaining_s = remaining_s
@@ -60,8 +55,11 @@ class EffectPoller:
         self._waits: set[_Wait] = set()
         self._news = asyncio.Event()
         self._polling: asyncio.Task[None] | None = None
-        # How far each row had been renewed when it was first seen so, and when that was.
-        self._seen: dict[UUID, tuple[int, float]] = {}
+        # For each row the server's history and how often it had been renewed, and when it was first seen so.
+        self._seen: dict[UUID, tuple[str, int, float]] = {}
+        # Rows for which a change has waited for long enough, with that change: to be taken off once they were seen to
+        # be silent for as long.
+        self._overdue: dict[UUID, int] = {}
 
     async def wait(self, revision: int, until_s: float) -> Effect:
         """Waits until no worker answers from before `revision`, or the clock is `until_s`.
@@ -90,15 +88,10 @@ class EffectPoller:
     async def sweep(self) -> None:
         """Takes off workers that have been silent for longer than any change would wait for them."""
         async with self._lock, self._link.connection() as connection:
-            members, now_s = await _members(connection), self._boottime()
-            standing_so = {member.incarnation: (member.renewals, now_s) for member in members}
-            for incarnation, (renewals, seen_s) in self._seen.items():
-                if standing_so.get(incarnation, (-1, now_s))[0] == renewals:
-                    standing_so[incarnation] = (renewals, seen_s)
-            self._seen = standing_so
+            members, now_s = await self._read(connection)
             for member in members:
                 if self._is_silent(member, now_s):
-                    await _evict(connection, queries.WORKER_EVICT_SILENT, member.incarnation, member.renewals)
+                    await _evict(connection, queries.WORKER_EVICT_SILENT, member)
 
     async def close(self) -> None:
         """Ends the reading; calls that still wait are told PENDING at their own time."""
@@ -107,13 +100,30 @@ class EffectPoller:
             await asyncio.gather(self._polling, return_exceptions=True)
         self._link.cut()
 
+    async def _read(self, connection: Connection) -> tuple[Sequence[Member], float]:
+        """Reads the rows, and takes note of when each was first seen as it is; gives a time after the reading as well.
+
+        In another history, which a standby that has taken over begins, a row may be one from before renewals of which
+        nobody knows any more: there nothing counts that was seen in the former one.
+        """
+        members, now_s = await _members(connection), self._boottime()
+        seen = {}
+        for member in members:
+            timeline, renewals, seen_s = self._seen.get(member.incarnation, ("", 0, now_s))
+            is_same = (timeline, renewals) == (member.timeline, member.renewals)
+            seen[member.incarnation] = (member.timeline, member.renewals, seen_s if is_same else now_s)
+        self._seen = seen
+        return members, now_s
+
     def _is_silent(self, member: Member, now_s: float) -> bool:
-        return now_s - self._seen[member.incarnation][1] > LeaseTerms(length_s=member.lease_s).wait_s
+        """Says whether a row has been seen unchanged for so long that no renewal can have given a lease that lasts."""
+        _, _, seen_s = self._seen[member.incarnation]
+        return now_s - seen_s > LeaseTerms(length_s=member.lease_s).wait_s
 
     async def _poll(self) -> None:
-        """Reads the workers' rows until nobody waits."""
+        """Reads the workers' rows until nobody waits, and nobody is to be taken off."""
         try:
-            while self._waits:
+            while self._waits or self._overdue:
                 # Those whose changes are committed when the statement is sent; who comes later waits for the next one.
                 asked = tuple(self._waits)
                 self._news.clear()
@@ -137,19 +147,23 @@ class EffectPoller:
     async def _look(self, asked: Sequence[_Wait]) -> float:
         """Reads the rows once, for those who wait; gives how long to pause."""
         async with self._lock, self._link.connection() as connection:
-            members = await _members(connection)
-            now_s = self._boottime()
-            overdue: dict[UUID, int] = {}
-            timeline = members[0].timeline if members else ""
+            before = self._seen
+            members, now_s = await self._read(connection)
+            # Who has renewed meanwhile is well; a change that is still not applied will find it overdue again.
+            overdue = {
+                name: revision
+                for name, revision in self._overdue.items()
+                if name in self._seen and self._seen[name] == before.get(name)
+            }
             for wait in asked:
                 stands = standing(wait.revision, wait.since_s, members, now_s)
                 wait.take(stands.remaining_s)
-                wait.timeline = wait.timeline or timeline
-                if wait.timeline == timeline:
-                    overdue |= {member.incarnation: wait.revision for member in stands.overdue}
-            for incarnation, revision in overdue.items():
-                await _evict(connection, queries.WORKER_EVICT, incarnation, revision)
-        youngest_s = now_s - max(wait.since_s for wait in asked)
+                overdue |= {member.incarnation: wait.revision for member in stands.overdue}
+            self._overdue = overdue
+            for member in members:
+                if member.incarnation in overdue and self._is_silent(member, now_s):
+                    await _evict(connection, queries.WORKER_EVICT, member, overdue.pop(member.incarnation))
+        youngest_s = now_s - max((wait.since_s for wait in asked), default=now_s)
         return min(max(youngest_s / 4, LEAST_PAUSE_S), MOST_PAUSE_S)
 
 
@@ -167,7 +181,7 @@ async def _members(connection: Connection) -> Sequence[Member]:
     ]
 
 
-async def _evict(connection: Connection, statement: str, incarnation: UUID, compared: int) -> None:
+async def _evict(connection: Connection, statement: str, member: Member, *compared: int) -> None:
     """Takes a worker off whose lease has ended, unless it has come back to life since its row was read."""
-    if await connection.fetchval(statement, incarnation, compared):
-        _log.warning("worker_evicted", incarnation=str(incarnation))
+    if await connection.fetchval(statement, member.incarnation, member.renewals, *compared):
+        _log.warning("worker_evicted", incarnation=str(member.incarnation))

@@ -599,12 +599,14 @@ SELECT incarnation, applied_revision, seen_revision, renewals, lease_s,
 FROM worker
 """
 
-# Takes a worker off that has not renewed its row since the change $2, for which it was waited long enough. One that
-# has, be it a moment ago and unheard of, has a lease that begins after the change: the next change must wait for it.
-# Nobody is taken off for a change that the database has lost since.
+# Takes a worker off that has not renewed its row since it was seen with $2 renewals, long enough ago, nor since the
+# change $3, for which it was waited long enough. One that has, be it a moment ago and unheard of, has a lease that
+# begins after the change: the next change must wait for it. Nobody is taken off for a change that the database has lost
+# since.
 WORKER_EVICT = """
 DELETE FROM worker
-WHERE incarnation = $1 AND seen_revision < $2 AND $2 <= (SELECT coalesce(max(revision), 0) FROM change_log)
+WHERE incarnation = $1 AND renewals = $2
+  AND seen_revision < $3 AND $3 <= (SELECT coalesce(max(revision), 0) FROM change_log)
 RETURNING true
 """
 
