@@ -131,6 +131,8 @@ class EffectPoller:
                     pause_s = await self._look(asked)
                 except StorageUnavailableError:
                     pause_s = RETRY_S
+                    # While the database is away nothing is tried for those alone; the sweep takes them off.
+                    self._overdue = {}
                     for wait in asked:
                         wait.take(longest_wait_s(wait.since_s, self._boottime()))
                 # Not wait_for, as in latchgate.storage.coherence.
@@ -163,7 +165,9 @@ class EffectPoller:
             for member in members:
                 if member.incarnation in overdue and self._is_silent(member, now_s):
                     await _evict(connection, queries.WORKER_EVICT, member, overdue.pop(member.incarnation))
-        youngest_s = now_s - max((wait.since_s for wait in asked), default=now_s)
+        if not asked:
+            return MOST_PAUSE_S
+        youngest_s = now_s - max(wait.since_s for wait in asked)
         return min(max(youngest_s / 4, LEAST_PAUSE_S), MOST_PAUSE_S)
 
 
