@@ -323,6 +323,28 @@ async def test_sweep_takes_off_those_that_are_silent(database_url: str, observer
     await poller.close()
 
 
+async def test_sweep_begins_anew_in_another_history(
+    database_url: str, observer: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a standby has taken over, a row may be one from before renewals that are lost: its worker is silent only if
+    it has been so since.
+    """
+    clock = ManualClock()
+    poller = EffectPoller(link=Link(database_url, timeout_s=LINK_TIMEOUT_S), boottime=clock, poke=Pokes())
+    worker = await insert_worker(observer, lease_s=1)
+    await poller.sweep()
+    clock.advance(wait_of(1) + 1)
+    history = "substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)"
+    assert history in queries.WORKER_LIST
+    monkeypatch.setattr(queries, "WORKER_LIST", queries.WORKER_LIST.replace(history, "'another'"))
+    await poller.sweep()
+    assert {worker} == set(await workers(observer))
+    clock.advance(wait_of(1) + 0.001)
+    await poller.sweep()
+    assert {} == await workers(observer)
+    await poller.close()
+
+
 async def test_sweep_while_the_database_is_away(database_url: str, observer: Connection) -> None:
     """A sweep that can not be done is StorageUnavailableError, to be done another time."""
     await insert_worker(observer)

@@ -35,7 +35,6 @@ _open = Connection.open
 _fetch = Connection.fetch
 _fetchval = Connection.fetchval
 _look = EffectPoller._look
-_read_rows = EffectPoller._read
 
 
 def _lease_from_reply(self: Coherence, reading: LogReading, *, sent_s: float, is_renewal: bool) -> Reading:
@@ -169,16 +168,6 @@ def _drop_newest_alone(self: KeyCache, key_id: str) -> None:
         self._remove(entry)
 
 
-async def _read_any_history(self: EffectPoller, connection: Any) -> tuple[Sequence[Member], float]:
-    before = self._seen
-    members, now_s = await _read_rows(self, connection)
-    for member in members:
-        _, renewals, seen_s = before.get(member.incarnation, ("", -1, now_s))
-        if renewals == member.renewals:
-            self._seen[member.incarnation] = (member.timeline, renewals, seen_s)
-    return members, now_s
-
-
 Replacement = tuple[object, str, object]
 
 MUTANTS: Final[dict[str, Sequence[Replacement]]] = {
@@ -201,7 +190,6 @@ MUTANTS: Final[dict[str, Sequence[Replacement]]] = {
     "wait shorter than the lease": [(LeaseTerms, "wait_s", property(lambda terms: terms.length_s * 0.8))],
     "takeover of a standby unheeded": [(Coherence, "_judge", _takeover_unheeded)],
     "laggard taken off while it has a lease": [(effects_module, "_members", _members_taken_off)],
-    "row of a former history taken for a silent one": [(EffectPoller, "_read", _read_any_history)],
     "database's clock counted from the reply": [(DatabaseClock, "hear", _clock_from_reply)],
     "wait given up while the database is away": [(EffectPoller, "_look", _look_once)],
     "second secret of a key kept": [(KeyCache, "drop_key", _drop_newest_alone)],
@@ -214,7 +202,6 @@ FIRST_SEEDS: Final[dict[str, int]] = {
     "registry read before the commit": 210,
     "registration and log read in one transaction": 265,
     "takeover of a standby unheeded": 150,
-    "row of a former history taken for a silent one": 1900,
 }
 
 
