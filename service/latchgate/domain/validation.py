@@ -166,7 +166,7 @@ class Validator:
         self._suspicion = suspicion
 
     def recall(self, token: bytes, need: Need, local_s: float) -> Judgement | None:
-        """Judges a token from memory, without waiting; None if memory can not say, and `validate` has to be asked.
+        """Judges a token from memory, without waiting; None if memory can not say, and `decide` has to be asked.
 
         The judgement is that of `local_s`, a time by `clock` at which the request was there. Raises InvalidFieldError.
 

@@ -55,9 +55,9 @@ class HotBehaviour(Protocol):
     """The behaviour of a method of the hot path."""
 
     def __call__(
-        self, raw: bytes, context: Context, under_way: Coroutine[Any, Any, bytes] | None = None, /
+        self, raw: bytes, context: Context, decision: Coroutine[Any, Any, bytes] | None = None, /
     ) -> Awaitable[Message | bytes]:
-        """Answers; what is under way for the answer already is only awaited."""
+        """Answers; a decision that is there is awaited, before anything else, and the request not read again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,13 +267,13 @@ class Pipeline:
         name, service, request_type = _described(method)
 
         async def behave(
-            raw: bytes, context: Context, under_way: Coroutine[Any, Any, bytes] | None = None, /
+            raw: bytes, context: Context, decision: Coroutine[Any, Any, bytes] | None = None, /
         ) -> Message | bytes:
             start_s = perf_counter()
             code = grpc.StatusCode.OK
             try:
-                if under_way is not None:
-                    return await under_way
+                if decision is not None:
+                    return await decision
                 backend = await self._admitted()
                 caller = None if self._is_validate_open else await _key_holder(backend, context, Call(), cost=0)
                 request = raw if refuse else parse(request_type, raw)

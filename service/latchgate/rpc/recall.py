@@ -29,7 +29,7 @@ MAX_NEED_BYTES: Final = 512
 
 
 class Recall:
-    """Answers a request whose token is in memory.
+    """Answers a request whose token is in memory, and has all others decided that are written as usual.
 
     What follows after the token is the same in many requests: it is read once for all of them. It holds no secret.
     """

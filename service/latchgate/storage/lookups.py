@@ -69,8 +69,8 @@ class BatchingKeyReader:
 
     While a statement is out, lookups gather; the next one takes them all. Where they come in numbers, statements are
     kept `spacing_s` apart as well, so that each carries several: a statement costs this process about ten times what
-    each digest in it does. A lookup that comes alone waits for nothing, nor do `plenty` that wait together: more would
-    save little, and while the database is at work on some this process is at work on others.
+    each digest in it does. A lookup that comes alone waits for nothing, nor do those of `plenty` digests: while the
+    database is at work on some, this process is to be at work on others.
 
     A lookup is never answered by a statement that was sent before it came: the answer would be older than the question.
 
