@@ -170,10 +170,10 @@ class Validator:
 
         The judgement is that of `local_s`, a time by `clock` at which the request was there. Raises InvalidFieldError.
 
-        This is what nearly all calls are answered by, so it is written for speed: under load
-        each step costs several times what it costs in a loop of its own. It is found in one piece, as KeyMemory.find
-        would; a key against which there is nothing to say is judged so as well, by the rules of `_judge`, and counted
-        as Limiter.take and UsageRecorder.used would.
+        This is what nearly all calls are answered by, so it is written for speed: under load each step costs several
+        times what it costs in a loop of its own. It is found in one piece, as KeyMemory.find would; a key against which
+        there is nothing to say is judged so as well, by the rules of `_judge`, and counted as Limiter.take and
+        UsageRecorder.used would.
         """
         permissions, _, cost, min_revision = need
         memory = self._memory

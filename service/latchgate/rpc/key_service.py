@@ -131,8 +131,7 @@ class KeyService:
 
     async def validate(self, request: pb.ValidateRequest, caller: Caller | None) -> bytes:
         """Judges a token; gives a ValidateResponse as it is sent."""
-        verdict = await self._judge(request, access.only_organization(caller))
-        return self._answers.write(verdict)
+        return self._answers.write(await self._judge(request, access.only_organization(caller)))
 
     async def batch_validate(self, request: pb.BatchValidateRequest, caller: Caller | None) -> pb.BatchValidateResponse:
         """Judges tokens, in the order in which they are given."""
