@@ -28,7 +28,7 @@ from latchgate.domain.permissions import WILDCARD
 from latchgate.domain.suspicion import SuspicionCounter
 from latchgate.domain.token import TokenFormat, digest
 from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
-from latchgate.draining import drain
+from latchgate.draining import drain, retire
 from latchgate.housekeeping import keep_house
 from latchgate.ids import make_id
 from latchgate.limiting import SharedLimiter
@@ -105,6 +105,7 @@ class Running:
     """A service that listens, on the addresses that it has in truth.
 
     `ready` is done once it has its database; it fails if it never can. `background` tells when it can not go on.
+    `retire` leaves new connections to others on the same ports, and waits until it has none.
     `metrics_listen` is empty for a worker, and `http_listen` where no gateway may ask over HTTP.
     """
 
@@ -115,6 +116,7 @@ class Running:
     metrics: Metrics
     ready: asyncio.Task[Ready]
     background: Background
+    retire: Callable[[], Awaitable[None]]
 
 
 @asynccontextmanager
@@ -135,7 +137,11 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
         stack.push_async_callback(database.close)
         usage = UsageBuffer(database)
         background = Background()
-        server = make_server(pipeline=pipeline, shares_port=role is not Role.ALONE)
+        server = make_server(
+            pipeline=pipeline,
+            connection_age_s=settings.connection_age_seconds,
+            shares_port=role is not Role.ALONE,
+        )
         jwks = JwksPage(metrics)
         endpoint = AuthEndpoint(
             metrics, metrics, settings.trusted_hops, lambda: server.health.is_serving, {JWKS_PATH: jwks.answer}
@@ -178,6 +184,7 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
             metrics=metrics,
             ready=ready,
             background=background,
+            retire=partial(retire, server, http),
         )
 
 

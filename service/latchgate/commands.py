@@ -137,6 +137,7 @@ async def _serve(settings: Settings, welcome: Welcome, farewell: Callable[[], No
                 addresses["LATCHGATE_HTTP_LISTEN"] = held
             supervisor = Supervisor(
                 count=settings.workers,
+                connection_age_s=settings.connection_age_seconds,
                 drain_s=settings.drain_seconds,
                 variables=config.as_variables(settings) | addresses,
                 metrics=metrics,

@@ -227,6 +227,7 @@ class Settings(BaseSettings):
     usage_flush_seconds: float = Field(default=5.0, gt=0, le=3600)
     usage_retention_days: int = Field(default=90, ge=1, le=3650)
     audit_retention_days: int = Field(default=400, ge=30, le=36_500)
+    connection_age_seconds: float = Field(default=60.0, ge=1, le=86_400)
     drain_seconds: float = Field(default=20.0, ge=0, le=3600)
     webhook_private_networks: Networks = ""
     outbox_poll_seconds: float = Field(default=1.0, ge=0.01, le=60)

@@ -19,14 +19,17 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 from types import CoroutineType
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import uvloop
 
 from apikeys.v1 import key_service_pb2 as pb
-from latchgate.rpc.server import KEY_SERVICE, OPTIONS
+from latchgate.rpc.server import KEY_SERVICE, options
 from latchgate.scheduling import schedule_for_throughput
+
+CONNECTION_AGE_S: Final = 60
+"""As of the service, if nothing else is set."""
 
 
 class _SaidToBeACoroutine:
@@ -59,7 +62,7 @@ async def serve(port: int, written: bytes, choices: Collection[str]) -> None:
     if not is_plain and "policy" not in choices:
         schedule_for_throughput()
     changed = {name: int(number) for name, _, number in (each.partition("=") for each in choices) if number}
-    server = grpc.aio.server(options=() if is_plain else tuple((dict(OPTIONS) | changed).items()))
+    server = grpc.aio.server(options=() if is_plain else tuple((dict(options(CONNECTION_AGE_S)) | changed).items()))
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(KEY_SERVICE.full_name, {"Validate": handler}),)
     )

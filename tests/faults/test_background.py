@@ -173,7 +173,7 @@ async def _find_nothing(digests: Sequence[bytes]) -> Mapping[bytes, Lookup]:
 async def test_probe_fault_is_not_serving(background: Background, log: pytest.CaptureFixture[str]) -> None:
     """A health watch that fails itself says NOT_SERVING: it does not know better."""
     metrics = Metrics(CollectorRegistry())
-    server = make_server(pipeline=Pipeline(metrics, is_validate_open=True))
+    server = make_server(pipeline=Pipeline(metrics, is_validate_open=True), connection_age_s=60)
     coherence = Coherence(terms=LeaseTerms(length_s=1), cache=KeyCache(1), boottime=ManualClock())
     reader = BatchingKeyReader(_find_nothing, observer=metrics, monotonic=ManualClock())
     watch = DatabaseWatch(_BrokenProbe("postgresql://", 1.0), server, metrics, background, coherence, reader)

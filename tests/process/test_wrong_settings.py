@@ -98,6 +98,7 @@ def assert_one_line(complaint: str, *names: str) -> None:
         ("USAGE_FLUSH_SECONDS", "0"),
         ("USAGE_FLUSH_SECONDS", "nan"),
         ("USAGE_RETENTION_DAYS", "0"),
+        ("CONNECTION_AGE_SECONDS", "0.5"),
         ("DRAIN_SECONDS", "-1"),
         ("DRAIN_SECONDS", "inf"),
         ("VALIDATE_ACCESS", "closed"),

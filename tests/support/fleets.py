@@ -25,6 +25,8 @@ from support.service import ROOT_TOKEN, TAG_KEY
 DEADLINE_S: Final = 60.0
 """How long is waited for processes to start and to end, on a machine that does much else."""
 
+PAUSE_S: Final = 0.003
+
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 # A connection for each channel, though all lead to the same address.
@@ -97,8 +99,11 @@ class Fleet:
 
 @asynccontextmanager
 async def fleet(database_url: str, folder: Path, **variables: Any) -> AsyncIterator[Fleet]:
-    """Serves a database by several processes until the block ends. The root token is ROOT_TOKEN."""
-    settings = {"DATABASE_URL": database_url, "ROOT_TOKEN": ROOT_TOKEN, "TAG_KEY": TAG_KEY}
+    """Serves a database by several processes until the block ends. The root token is ROOT_TOKEN.
+
+    Connections do not get old, and so neither do workers that wait for them to end.
+    """
+    settings = {"DATABASE_URL": database_url, "ROOT_TOKEN": ROOT_TOKEN, "TAG_KEY": TAG_KEY, "CONNECTION_AGE_SECONDS": 1}
     async with latchgate("serve", folder, environment(**(dict(SERVE) | settings | variables))) as process:
         serving = await process.event("serving")
         yield Fleet(process=process, address=serving["listen"], metrics_address=serving["metrics"])
@@ -123,7 +128,7 @@ def gone_back(before: Samples, after: Samples) -> dict[Any, tuple[float, float |
 
 @dataclass(slots=True, kw_only=True)
 class Clients:
-    """Clients that each ask again as soon as they are answered, and go on when they are refused."""
+    """Clients that ask again and again, and go on when they are refused."""
 
     answered: int = 0
     failed: Counter[str] = field(default_factory=Counter)
@@ -139,25 +144,36 @@ class Clients:
         await until(is_reached, DEADLINE_S)
 
     async def keep_asking(self, address: str) -> None:
-        """Asks Validate on a connection of its own, as an ordinary client."""
+        """Asks Validate on a connection of its own, as an ordinary client that waits for each answer."""
         async with grpc.aio.insecure_channel(address, options=OWN_CONNECTION) as channel:
-            stub: Any = KeyServiceStub(channel)
             while not self.is_over:
-                try:
-                    await stub.Validate(keys_pb.ValidateRequest(token="no token"))
-                except grpc.aio.AioRpcError as error:
-                    self.failed[f"{error.code().name}: {error.details()}"] += 1
+                if not await self._ask(KeyServiceStub(channel)):
                     # No more than some hundred a second, if all fail.
-                    await asyncio.sleep(0.01)
-                else:
-                    self.answered += 1
+                    await asyncio.sleep(PAUSE_S)
+
+    async def keep_sending(self, address: str) -> None:
+        """Asks Validate on a connection of its own some hundred times a second, as a gateway that others ask."""
+        async with grpc.aio.insecure_channel(address, options=OWN_CONNECTION) as channel, asyncio.TaskGroup() as calls:
+            while not self.is_over:
+                calls.create_task(self._ask(KeyServiceStub(channel)))
+                await asyncio.sleep(PAUSE_S)
+
+    async def _ask(self, stub: Any) -> bool:
+        try:
+            await stub.Validate(keys_pb.ValidateRequest(token="no token"))
+        except grpc.aio.AioRpcError as error:
+            self.failed[f"{error.code().name}: {error.details()}"] += 1
+            return False
+        self.answered += 1
+        return True
 
 
 @asynccontextmanager
-async def clients(address: str, count: int) -> AsyncIterator[Clients]:
-    """Lets clients ask until the block ends; no call is cut off."""
+async def clients(address: str, *, waiting: int, sending: int = 0) -> AsyncIterator[Clients]:
+    """Lets clients ask until the block ends, some of either kind; no call is cut off."""
     at_work = Clients()
-    tasks = [asyncio.create_task(at_work.keep_asking(address)) for _ in range(count)]
+    tasks = [asyncio.create_task(at_work.keep_asking(address)) for _ in range(waiting)]
+    tasks += [asyncio.create_task(at_work.keep_sending(address)) for _ in range(sending)]
     try:
         yield at_work
     finally:

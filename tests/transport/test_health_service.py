@@ -38,7 +38,7 @@ WATCH: Final = "/grpc.health.v1.Health/Watch"
 @asynccontextmanager
 async def health_server() -> AsyncIterator[tuple[RpcServer, Any]]:
     """Runs the real server, which needs no database for this, with a stub for its health."""
-    server = make_server(pipeline=Pipeline(Metrics(CollectorRegistry()), is_validate_open=True))
+    server = make_server(pipeline=Pipeline(Metrics(CollectorRegistry()), is_validate_open=True), connection_age_s=60)
     await server.listen("127.0.0.1:0", None)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

@@ -96,7 +96,7 @@ def authority(tmp_path: Path) -> Authority:
 @asynccontextmanager
 async def tls_server(files: TlsFiles) -> AsyncIterator[int]:
     """Runs the real server without a database: TLS and health need none. Gives its port."""
-    server = make_server(pipeline=Pipeline(Metrics(CollectorRegistry()), is_validate_open=True))
+    server = make_server(pipeline=Pipeline(Metrics(CollectorRegistry()), is_validate_open=True), connection_age_s=60)
     await server.listen("127.0.0.1:0", ReloadingCredentials(files).credentials())
     try:
         yield server.port

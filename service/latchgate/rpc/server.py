@@ -72,7 +72,7 @@ MAX_REQUEST_BYTES: Final = 4 * 1024 * 1024
 MAX_RESPONSE_BYTES: Final = 16 * 1024 * 1024
 MAX_STREAMS: Final = 10_000
 
-OPTIONS: Final[Sequence[tuple[str, int]]] = (
+_OPTIONS: Final[Sequence[tuple[str, int]]] = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
     # Headers up to 16 KiB are always taken, beyond 64 KiB never.
@@ -84,9 +84,8 @@ OPTIONS: Final[Sequence[tuple[str, int]]] = (
     ("grpc.max_concurrent_streams", MAX_STREAMS),
     ("grpc.server.max_pending_requests", MAX_STREAMS),
     ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_STREAMS),
-    # Long-lived connections end after ten minutes or so (grpc adds jitter), so that clients spread over new servers.
-    ("grpc.max_connection_age_ms", 600_000),
-    ("grpc.max_connection_age_grace_ms", 30_000),
+    # For calls that are under way when their connection is of age: an import may take so long.
+    ("grpc.max_connection_age_grace_ms", 600_000),
     # Find clients that are gone.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -96,6 +95,15 @@ OPTIONS: Final[Sequence[tuple[str, int]]] = (
     # No pings to find out how much a connection can hold: requests are small, and each ping costs what a call does.
     ("grpc.http2.bdp_probe", 0),
 )
+
+
+def options(connection_age_s: float) -> Sequence[tuple[str, int]]:
+    """Gives grpc's options for the server.
+
+    Clients are told to connect anew when their connection has that age, a tenth more or less (grpc draws it), so that
+    they spread over new workers and leave old ones; what they send before they have done so is answered.
+    """
+    return (*_OPTIONS, ("grpc.max_connection_age_ms", round(connection_age_s * 1000)))
 
 
 class ListenError(Exception):
@@ -147,12 +155,12 @@ class _ReflectionPool:
             return pool.FindMethodByName(symbol).containing_service.file
 
 
-def make_server(*, pipeline: Pipeline, shares_port: bool = False) -> RpcServer:
+def make_server(*, pipeline: Pipeline, connection_age_s: float, shares_port: bool = False) -> RpcServer:
     """Makes a server that does not listen yet; its health is NOT_SERVING.
 
     Unless it `shares_port`, no other can have the same one: two must not do so by accident.
     """
-    server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", int(shares_port))])
+    server = grpc.aio.server(options=[*options(connection_age_s), ("grpc.so_reuseport", int(shares_port))])
     server.add_generic_rpc_handlers(
         (
             _bind(KEY_SERVICE, KeyService, pipeline),

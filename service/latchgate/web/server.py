@@ -56,15 +56,17 @@ class HttpServer:
 
     def __init__(self, endpoint: AuthEndpoint, grace_s: float) -> None:
         """Takes what answers, and how many seconds requests that are under way have to finish at the end."""
-        server = _Server(
-            endpoint.answer,
+        self._endpoint = endpoint
+        self._server = _Server(
+            self._answer,
             access_log=None,
             keepalive_timeout=KEEPALIVE_S,
             max_headers=MAX_HEADERS,
             max_line_size=MAX_HEADER_BYTES,
             max_field_size=MAX_HEADER_BYTES,
         )
-        self._runner = web.ServerRunner(server, shutdown_timeout=grace_s)
+        self._runner = web.ServerRunner(self._server, shutdown_timeout=grace_s)
+        self._is_retiring = False
         # 0 until it listens.
         self.port = 0
 
@@ -80,6 +82,23 @@ class HttpServer:
             ) from None
         self.port = int(self._runner.addresses[0][1])
 
+    @property
+    def connections(self) -> int:
+        """How many are connected."""
+        return len(self._server.connections)
+
+    async def retire(self) -> None:
+        """Takes no new connections; those that are there end with their next answer, or when their clients end them."""
+        self._is_retiring = True
+        for site in self._runner.sites:
+            await site.stop()
+
     async def close(self) -> None:
         """Takes no new connections, and lets requests that are under way finish."""
         await self._runner.cleanup()
+
+    async def _answer(self, request: web.BaseRequest) -> web.Response:
+        response = await self._endpoint.answer(request)
+        if self._is_retiring:
+            response.force_close()
+        return response

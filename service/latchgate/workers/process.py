@@ -66,6 +66,7 @@ class WorkerProcess:
         self._ready_s: float | None = None
         self._problem: str | None = None
         self._status = 1
+        self._retired: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._told = asyncio.Condition()
         self.ended = asyncio.create_task(self._follow())
 
@@ -116,6 +117,12 @@ class WorkerProcess:
                 self._channel.send({"is": "asked"})
                 await self._told.wait()
 
+    async def retire(self, within_s: float) -> None:
+        """Has it take no new connections, and waits until it has none, or has ended; not longer than the time."""
+        self.is_leaving = True
+        self._channel.send({"is": "retire"})
+        await asyncio.wait({self.ended, self._retired}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+
     async def leave(self, within_s: float) -> bool:
         """Tells it to finish what it does and to end; says whether it did. If not within the time, it is ended."""
         self.is_leaving = True
@@ -148,6 +155,8 @@ class WorkerProcess:
         if message["is"] == "ready":
             self._ready_s = time.monotonic()
             self.ready.set_result(Found(**message["found"]))
+        elif message["is"] == "retired":
+            self._retired.set_result(None)
         elif message["is"] == "failed":
             self._problem, self._status = message["problem"], message["status"]
         else:

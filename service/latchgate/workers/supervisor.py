@@ -23,6 +23,10 @@ MAX_DEATHS: Final = 5
 DEATHS_WINDOW_S: Final = 60.0
 LONG_ENOUGH_S: Final = 10.0
 """A worker that was ready for so long has not died of its start."""
+OLDEST: Final = 1.1
+"""How old connections get at most: they end a tenth earlier or later than they are told to, each at another time."""
+TOLD_S: Final = 1.0
+"""How long clients may take to connect anew when they are told to, and their worker to see that they have."""
 METRICS_INTERVAL_S: Final = 5.0
 """How much of what it has counted a worker that is killed takes with it at most, if nobody scrapes."""
 
@@ -59,9 +63,18 @@ class Supervisor:
     them having been ready for LONG_ENOUGH_S.
     """
 
-    def __init__(self, *, count: int, drain_s: float, variables: Mapping[str, str], metrics: FleetMetrics) -> None:
-        """Takes how many there are to be, how long calls have to finish, and the workers' environment."""
+    def __init__(
+        self,
+        *,
+        count: int,
+        connection_age_s: float,
+        drain_s: float,
+        variables: Mapping[str, str],
+        metrics: FleetMetrics,
+    ) -> None:
+        """Takes how many there are to be, the ages and times of their settings, and their environment."""
         self._places = [_Place(number=number) for number in range(1, count + 1)]
+        self._retire_s = OLDEST * connection_age_s + TOLD_S
         self._drain_s = drain_s
         self._variables = variables
         self._metrics = metrics
@@ -97,9 +110,10 @@ class Supervisor:
         raise AssertionError
 
     async def renew(self) -> None:
-        """Replaces all workers, one after the other: each is let go when its successor is ready.
+        """Replaces all workers, one after the other: a successor when it is ready takes all new connections.
 
-        If one of the successors does not get ready, the workers that are there go on.
+        The worker before is let go when its last connection has ended, or should have of age. If one of the successors
+        does not get ready, the workers that are there go on.
         """
         _log.info("renewing_workers")
         for place in self._places:
@@ -112,6 +126,7 @@ class Supervisor:
                 _warn_of_missing_scopes(successor.ready.result())
             before, place.worker = place.worker, successor
             if before is not None:
+                await before.retire(self._retire_s)
                 await self._let_go(before)
         _log.info("workers_renewed")
 

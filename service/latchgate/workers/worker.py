@@ -131,10 +131,15 @@ def _found(ready: Ready) -> Found:
 
 
 async def _heed(channel: Channel, running: Running, stopping: asyncio.Event, stop_within_s: float) -> None:
-    """Answers the supervisor, and stops when it says so, or is gone."""
+    """Answers the supervisor, and retires or stops when it says so; stops when it is gone."""
     _tell_metrics(channel, running)
+    retiring = None
     while (message := await channel.receive()) is not None and message["is"] != "stop":
+        if message["is"] == "retire":
+            retiring = asyncio.create_task(_retire(channel, running))
         _tell_metrics(channel, running)
+    if retiring is not None:
+        retiring.cancel()
     # Should stopping hang: there may be nobody any more who would end this process.
     watchdog = threading.Timer(stop_within_s, os._exit, (1,))
     watchdog.daemon = True
@@ -146,6 +151,13 @@ async def _heed(channel: Channel, running: Running, stopping: asyncio.Event, sto
         await asyncio.Event().wait()
     finally:
         watchdog.cancel()
+
+
+async def _retire(channel: Channel, running: Running) -> None:
+    try:
+        await running.retire()
+    finally:
+        channel.send({"is": "retired"})
 
 
 def _tell_metrics(channel: Channel, running: Running) -> None:
