@@ -322,6 +322,21 @@ async def test_lookups_fail_at_once_until_the_database_is_back(statements: State
     assert lookup(5) == await again
 
 
+async def test_database_that_answers_with_an_error_is_back(statements: Statements, observer: Observer) -> None:
+    """Where the database is away no more, but refuses what it is tried with, lookups are sent again: those who ask hear
+    of it, and nobody is refused for ever.
+    """
+    reader = make_reader(statements, observer)
+    await fail_all(statements, reader)
+    assert () == await statements.fail(KeyError("allowed_cidrs"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    (again,) = await asked(reader, A)
+    assert [A] == await statements.answer(5)
+    assert lookup(5) == await again
+
+
 async def test_statement_that_fails_quickly_is_sent_again(statements: Statements, observer: Observer) -> None:
     """A connection that was lost while nobody used it costs no lookup: the statement goes out once more, as it was."""
     clock = ManualClock()

@@ -195,15 +195,20 @@ class BatchingKeyReader:
         return await self._find(digests)
 
     async def _until_back(self) -> None:
-        while True:
+        """Waits until the database answers."""
+        while self._problem:
             await asyncio.sleep(random.uniform(*TRY_PAUSE_S))  # noqa: S311 - to spread, not to hide
-            try:
-                await self._find(())
-            except StorageUnavailableError as error:
-                self._problem = error.message
-            else:
-                break
-        self._problem = ""
+            self._problem = await self._tried()
+
+    async def _tried(self) -> str:
+        """Says what keeps the database from answering, if anything does."""
+        try:
+            await self._find(())
+        except StorageUnavailableError as error:
+            return error.message
+        except Exception:  # noqa: BLE001 - an answer, too: those who ask next hear of it
+            return ""
+        return ""
 
     def _fail(self, batch: dict[bytes, list[asyncio.Future[Lookup]]], problem: str | Exception) -> None:
         if batch:
