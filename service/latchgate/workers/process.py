@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from latchgate.listening import Role
 from latchgate.workers.channel import Channel, Found, Message
@@ -121,7 +121,8 @@ class WorkerProcess:
         """Has it take no new connections, and waits until it has none, or has ended; not longer than the time."""
         self.is_leaving = True
         self._channel.send({"is": "retire"})
-        await asyncio.wait({self.ended, self._retired}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        waits: set[asyncio.Future[Any]] = {self.ended, self._retired}
+        await asyncio.wait(waits, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
 
     async def leave(self, within_s: float) -> bool:
         """Tells it to finish what it does and to end; says whether it did. If not within the time, it is ended."""
