@@ -175,7 +175,8 @@ async def serving(settings: Settings, role: Role = Role.ALONE) -> AsyncIterator[
         stack.push_async_callback(http.close)
         stack.callback(background.stop)
         # Shielded: it waits for a future that stopping the server needs as well.
-        background.keep("gRPC server", asyncio.shield(server.server.wait_for_termination()))
+        for each in server.servers:
+            background.keep("gRPC server", asyncio.shield(each.wait_for_termination()))
         yield Running(
             server=server,
             listen=_with_port(settings.listen, server.port),
@@ -213,7 +214,7 @@ def _with_port(listen: str, port: int) -> str:
 async def _listen(parts: Parts, credentials: ReloadingCredentials | None) -> None:
     settings = parts.settings
     try:
-        await parts.server.listen(settings.listen, credentials.credentials() if credentials else None)
+        await parts.server.listen(settings.listen, credentials.credentials if credentials else None)
     except ListenError as error:
         raise ListenError(f"LATCHGATE_LISTEN: {error}") from None
     try:

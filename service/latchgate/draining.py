@@ -67,7 +67,8 @@ async def drain(server: RpcServer, pipeline: Pipeline, grace_s: float) -> None:
     await _quiet(pipeline)
     await _stop_listening(server.port)
     stopped = asyncio.create_task(server.stop(grace_s))
-    # One turn of the loop, in which the stop reaches grpc.
+    # Two turns of the loop, in which the stop reaches all of grpc's servers.
+    await asyncio.sleep(0)
     await asyncio.sleep(0)
     pipeline.release()
     await stopped

@@ -1,9 +1,11 @@
 """The yardstick: a gRPC server that reads a ValidateRequest, and answers every one with the same bytes.
 
-It runs on the same grpcio with the same options, the same event loop and the same scheduling as the service, and does
-nothing else. Its arguments are the port to listen on, a file that holds the answer, and choices that differ from that:
+It runs on the same grpcio with the same options, as many of grpc's servers on its port, the same event loop and the
+same scheduling as the service, and does nothing else. Its arguments are the port to listen on, a file that holds the
+answer, and choices that differ from that:
 
-- `plain`: what grpc.aio and uvloop are without the service's options and scheduling
+- `plain`: what grpc.aio and uvloop are without the service's options and scheduling, and with a single server
+- `single`: a single server
 - `policy`: the system's usual scheduling policy
 - `asyncio`: asyncio's own event loop
 - `bytes`: requests and answers are not read and written, but passed on as bytes
@@ -25,7 +27,7 @@ import grpc
 import uvloop
 
 from apikeys.v1 import key_service_pb2 as pb
-from latchgate.rpc.server import KEY_SERVICE, options
+from latchgate.rpc.server import KEY_SERVICE, SERVERS, options
 from latchgate.scheduling import schedule_for_throughput
 
 CONNECTION_AGE_S: Final = 60
@@ -62,17 +64,20 @@ async def serve(port: int, written: bytes, choices: Collection[str]) -> None:
     if not is_plain and "policy" not in choices:
         schedule_for_throughput()
     changed = {name: int(number) for name, _, number in (each.partition("=") for each in choices) if number}
-    server = grpc.aio.server(options=() if is_plain else tuple((dict(options(CONNECTION_AGE_S)) | changed).items()))
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(KEY_SERVICE.full_name, {"Validate": handler}),)
-    )
-    server.add_insecure_port(f"127.0.0.1:{port}")
+    chosen = () if is_plain else tuple((dict(options(CONNECTION_AGE_S)) | changed).items())
+    servers = [grpc.aio.server(options=chosen) for _ in range(1 if is_plain or "single" in choices else SERVERS)]
+    for server in servers:
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(KEY_SERVICE.full_name, {"Validate": handler}),)
+        )
+        server.add_insecure_port(f"127.0.0.1:{port}")
     stopping = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    await server.start()
+    for server in servers:
+        await server.start()
     await stopping.wait()
-    await server.stop(0)
+    await asyncio.gather(*(server.stop(0) for server in servers))
 
 
 if __name__ == "__main__":

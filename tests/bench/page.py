@@ -11,6 +11,7 @@ from bench.load import TURN_S
 from bench.machine import Layout, cpu_model, versions
 from bench.report import spread
 from bench.rounds import Plan, Results
+from latchgate.rpc.server import SERVERS
 
 WIDTH = 120
 
@@ -57,10 +58,12 @@ def _method(plan: Plan, results: Results) -> Iterator[str]:
         " reached, and two entries of metadata. Last uses are written."
     )
     yield (
-        "**No-op**: a server on the same grpcio, with the same options, event loop and scheduling, that reads the same"
-        f" requests ({results.request_bytes} bytes) and gives to all one of the service's own answers"
-        f" ({results.answer_bytes} bytes). **On default grpc.aio**: the same handler on grpc.aio and uvloop as they"
-        " come, without the service's choice of options and scheduling."
+        "**No-op**: a process on the same grpcio, with the same options, as many of grpc's servers on its port"
+        f" ({SERVERS}), the same event loop and scheduling, that reads the same requests ({results.request_bytes}"
+        " bytes) and gives to all one of the service's own answers"
+        f" ({results.answer_bytes} bytes). **On a single server**: the same, but for the number of servers. **On"
+        " default grpc.aio**: the same handler on grpc.aio and uvloop as they come, on a single server, without the"
+        " service's choice of options and scheduling."
     )
     yield (
         f"**Turns**: no-op, a server, no-op, another server and so on, {plan.seconds:g} s each, over all of a database"

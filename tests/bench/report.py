@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from bench.rounds import ComparedTurn, Results
-from bench.servers import PLAIN, Source
+from bench.servers import PLAIN, SINGLE, Source
 
 # Validate over the no-op, that with the most keys over that with the least, and over grpc.aio as it comes.
 RATIO_WANTED = {Source.MEMORY: 0.95, Source.DATABASE: 0.6}
@@ -39,7 +39,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 def summary(results: Results) -> Rows:
     """Gives a row for each server, the head first."""
-    return [_HEAD, *(_row(name, _turns(results, name)) for name in (*results.keys, PLAIN))]
+    return [_HEAD, *(_row(name, _turns(results, name)) for name in (*results.keys, SINGLE, PLAIN))]
 
 
 def _turns(results: Results, name: str) -> list[ComparedTurn]:

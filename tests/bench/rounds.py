@@ -124,6 +124,9 @@ async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
                 yardstick = await running.enter_async_context(servers.noop(answer, layout.server, folder))
                 targets: list[Target] = [*own]
                 if each is databases[0]:
+                    targets.append(
+                        await running.enter_async_context(servers.single_noop(answer, layout.server, folder))
+                    )
                     targets.append(await running.enter_async_context(servers.plain_noop(answer, layout.server, folder)))
                 turns += await _Comparison(plan, load, cluster, yardstick, say).run(targets, own[-1].bodies)
             services += own

@@ -23,6 +23,7 @@ from bench.machine import BenchError, free_port, pinned
 from bench.metrics import Scrape
 
 PLAIN = "no-op on default grpc.aio"
+SINGLE = "no-op on a single server"
 METHOD = "/apikeys.v1.KeyService/Validate"
 NEEDED_PERMISSION = "orders:read"
 CLIENT_IP = "203.0.113.7"
@@ -234,8 +235,13 @@ async def noop(
         yield Target(name=name, pid=process.pid, port=port, answer=given)
 
 
+def single_noop(answer: pb.ValidateResponse, core: int, folder: Path) -> AbstractAsyncContextManager[Target]:
+    """Runs the no-op on one of grpc's servers, where the service has several on its port."""
+    return noop(answer, core, folder, name=SINGLE, choices=["single"])
+
+
 def plain_noop(answer: pb.ValidateResponse, core: int, folder: Path) -> AbstractAsyncContextManager[Target]:
-    """Runs the no-op on grpc.aio as it comes: without the service's choice of options and scheduling."""
+    """Runs the no-op on grpc.aio as it comes: without the service's choice of options, scheduling and servers."""
     # What the service chooses for grpc has come into the environment with its package; empty, nothing is chosen.
     return noop(answer, core, folder, name=PLAIN, choices=["plain"], environment={"GRPC_EXPERIMENTS": ""})
 

@@ -28,6 +28,7 @@ from bench.page import machine_line, paragraph  # noqa: E402 - the same
 from bench.report import Rows, as_markdown, as_text, spread  # noqa: E402 - the same
 from bench.rounds import check_sizes  # noqa: E402 - the same
 from bench.servers import Service, Source, Target  # noqa: E402 - the same
+from latchgate.rpc.server import SERVERS  # noqa: E402 - the same
 
 PAGE = ROOT / "docs" / "settings.md"
 KEYS = 1000
@@ -73,6 +74,7 @@ GROUPS: tuple[tuple[Setting, ...], ...] = (
             name="grpc.aio and uvloop as they come", choices=("plain",), environment={"GRPC_EXPERIMENTS": ""}, taken=""
         ),
         Setting(name="grpc's newer listener", environment={"GRPC_EXPERIMENTS": ""}, taken="the former one"),
+        Setting(name="a single one of grpc's servers on the port", choices=("single",), taken=f"{SERVERS}"),
         Setting(name="the usual scheduling policy", choices=("policy",), taken="SCHED_BATCH"),
         Setting(name="asyncio's own event loop", choices=("asyncio",), taken="uvloop"),
     ),

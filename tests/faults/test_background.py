@@ -154,7 +154,7 @@ async def test_end_at_the_stop_is_no_death(background: Background) -> None:
 
 async def test_server_gone(service: RunningService) -> None:
     """A gRPC server that ends by itself does not leave a process behind that listens no more."""
-    await service.running.server.server.stop(None)
+    await service.running.server.servers[-1].stop(None)
     with pytest.raises(BackgroundError, match="gRPC server"):
         await asyncio.wait_for(service.running.background.death(), 10)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -15,7 +16,7 @@ from support.service import run_service
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), needs_envoy]
 
 
-def tls_settings(authority: trustme.CA, folder: Path, name: str) -> dict[str, Path]:
+def tls_settings(authority: trustme.CA, folder: Path, name: str) -> dict[str, Any]:
     """Makes a certificate for latchgate under a name, and gives the settings that name its files."""
     issued = authority.issue_cert(name)
     files = {"tls_cert": folder / "latchgate.crt", "tls_key": folder / "latchgate.key"}

@@ -225,7 +225,7 @@ async def test_by_tls(database_url: str, tmp_path: Path) -> None:
         issued.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
         issued.private_key_pem.write_to_path(tmp_path / f"{name}-key.pem")
     files = {"tls_cert": "served.pem", "tls_key": "served-key.pem", "tls_client_ca": "ca.pem"}
-    paths = {name: tmp_path / file for name, file in files.items()}
+    paths: dict[str, Any] = {name: tmp_path / file for name, file in files.items()}
     async with run_service(database_url) as plain:
         await plain.create_organization("acme")
     client = {"tls_ca": tmp_path / "ca.pem", "tls_cert": tmp_path / "own.pem", "tls_key": tmp_path / "own-key.pem"}

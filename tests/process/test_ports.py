@@ -5,11 +5,19 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry
 
 from latchgate.listening import PortError, hold_port
+from latchgate.observability import Metrics
+from latchgate.rpc.pipeline import Pipeline
+from latchgate.rpc.server import SERVERS, make_server
+
+LISTEN = "0A"
+"""How Linux writes that state."""
 
 
 @pytest.fixture
@@ -43,6 +51,23 @@ async def test_held_port_is_for_servers_that_share_it(host: str) -> None:
             hold_port(stack, listen, "LATCHGATE_LISTEN")
         for server in servers:
             await server.stop(None)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::]"])
+async def test_servers_of_a_worker_share_its_port(host: str) -> None:
+    """All of grpc's servers that a worker has listen on its port, also where it was the first of them that found it."""
+    pipeline = Pipeline(Metrics(CollectorRegistry()), is_validate_open=True)
+    server = make_server(pipeline=pipeline, connection_age_s=60, shares_port=True)
+    await server.listen(f"{host}:0", None)
+    assert SERVERS == len(server.servers) == listeners(server.port)
+    await server.stop(0)
+    assert not listeners(server.port)
+
+
+def listeners(port: int) -> int:
+    """Says how many sockets of this machine listen on a port, as Linux tells it."""
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()]
+    return sum(line[1].endswith(f":{port:04X}") and line[3] == LISTEN for line in lines)
 
 
 async def test_port_is_free_again(sockets: ExitStack) -> None:

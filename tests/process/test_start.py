@@ -102,7 +102,7 @@ async def test_worker_that_can_not_go_on(database_url: str, monkeypatch: pytest.
     work = asyncio.create_task(worker.work(theirs, 1, "worker"))
     while (await told(supervisor))["is"] != "ready":
         pass
-    await (await served).server.server.stop(None)
+    await (await served).server.servers[-1].stop(None)
     while (message := await told(supervisor))["is"] != "failed":
         pass
     assert "gRPC server" in message["problem"]

@@ -22,6 +22,7 @@ from apikeys.v1 import organization_service_pb2 as organizations_pb
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
 from apikeys.v1.organization_service_pb2_grpc import OrganizationServiceStub
 from latchgate.database import end_embedded
+from latchgate.listening import Role
 from support.databases import connected, until, until_waiting
 from support.faults import NOT_SERVING, SERVING, health_changes
 from support.processes import SERVE, Latchgate, environment, latchgate
@@ -139,15 +140,17 @@ async def test_stop_under_load(database_url: str, tmp_path: Path) -> None:
         assert load.created == await connection.fetchval("SELECT count(*) FROM key WHERE name = 'under load'")
 
 
-async def test_stop_cancels_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("role", [Role.ALONE, Role.WORKER])
+async def test_stop_cancels_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch, role: Role) -> None:
     """Clients that ask again as soon as they are answered lose no call to the stop: each of them finds a closed port.
 
-    Left to itself, grpc cancels calls that have arrived and not reached their handlers.
+    That of a worker is several servers'. Left to itself, grpc cancels calls that have arrived and not reached their
+    handlers.
     """
     monkeypatch.setattr("latchgate.draining.QUIET_S", 0.1)
     monkeypatch.setattr("latchgate.draining.MAX_HOLD_S", 2.0)
     load = Load()
-    async with run_service(database_url) as service:
+    async with run_service(database_url, role) as service:
         await service.create_organization("acme")
         validation = keys_pb.ValidateRequest(token=(await service.create_key()).token)
         clients = [

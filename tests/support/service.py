@@ -23,6 +23,7 @@ from apikeys.v1.usage_service_pb2_grpc import UsageServiceStub
 from apikeys.v1.webhook_service_pb2_grpc import WebhookServiceStub
 from latchgate import config
 from latchgate.app import Running, serving
+from latchgate.listening import Role
 
 ROOT_TOKEN = "root-token-of-the-tests-0123456789abcdef"
 TAG_KEY = "tag-key-of-the-tests-0123456789abcdef"
@@ -143,9 +144,9 @@ def make_settings(database_url: str, **overrides: Any) -> config.Settings:
 
 
 @asynccontextmanager
-async def run_service(database_url: str, **overrides: Any) -> AsyncIterator[RunningService]:
+async def run_service(database_url: str, role: Role = Role.ALONE, **overrides: Any) -> AsyncIterator[RunningService]:
     """Runs a whole service until the block ends."""
-    async with serving(make_settings(database_url, **overrides)) as running:
+    async with serving(make_settings(database_url, **overrides), role) as running:
         await running.ready
         address = f"127.0.0.1:{running.server.port}"
         async with grpc.aio.insecure_channel(address) as channel:

@@ -29,6 +29,8 @@ from support.service import make_settings, run_service
 from support.transport import DEADLINE_S, Http2
 
 NO_DATABASE = "postgresql://nobody@127.0.0.1:1/nothing"
+CONNECTIONS = 60
+"""So many that of eight servers each has some, but once in some hundred times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +96,11 @@ def authority(tmp_path: Path) -> Authority:
 
 
 @asynccontextmanager
-async def tls_server(files: TlsFiles) -> AsyncIterator[int]:
+async def tls_server(files: TlsFiles, *, shares_port: bool = False) -> AsyncIterator[int]:
     """Runs the real server without a database: TLS and health need none. Gives its port."""
-    server = make_server(pipeline=Pipeline(Metrics(CollectorRegistry()), is_validate_open=True), connection_age_s=60)
-    await server.listen("127.0.0.1:0", ReloadingCredentials(files).credentials())
+    pipeline = Pipeline(Metrics(CollectorRegistry()), is_validate_open=True)
+    server = make_server(pipeline=pipeline, connection_age_s=60, shares_port=shares_port)
+    await server.listen("127.0.0.1:0", ReloadingCredentials(files).credentials)
     try:
         yield server.port
     finally:
@@ -183,6 +186,18 @@ async def test_new_certificate_is_taken_up(authority: Authority) -> None:
                 assert der(second) == await shown(port, authority)
 
             await old.ping()
+        assert ["certificate_reloaded"] == [line["event"] for line in lines]
+
+
+async def test_new_certificate_is_taken_up_by_all(authority: Authority) -> None:
+    """Of several servers on a port each shows a new certificate from the next connection on; it is said once."""
+    first, second = authority.issue(), authority.issue()
+    authority.put(first)
+    async with tls_server(authority.files, shares_port=True) as port:
+        assert {der(first)} == {await shown(port, authority) for _ in range(CONNECTIONS)}
+        authority.put(second)
+        with capture_logs() as lines:
+            assert {der(second)} == {await shown(port, authority) for _ in range(CONNECTIONS)}
         assert ["certificate_reloaded"] == [line["event"] for line in lines]
 
 

@@ -43,38 +43,50 @@ class ReloadingCredentials:
     def __init__(self, files: TlsFiles) -> None:
         """Reads the files. Raises CertificateError."""
         self._files = files
-        self._looked_at = _read(files)
-        _check(files, self._looked_at)
+        self._looked_at = self._usable = _read(files)
+        _check(files, self._usable)
         self._problem = ""
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Gives credentials that look for changes at each handshake."""
+        """Gives credentials for one server, which look for changes at each handshake."""
+        given = self._usable
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            """Is called by grpc at each handshake, on a thread of its own."""
+            nonlocal given
+            newest = self._newest()
+            if newest == given:
+                return None
+            given = newest
+            return _configuration(newest)
+
         return grpc.dynamic_ssl_server_credentials(
-            _configuration(self._looked_at),
-            self._changed,  # type: ignore[arg-type]  # None, for no change, is missing in the stubs
+            _configuration(given),
+            changed,  # type: ignore[arg-type]  # None, for no change, is missing in the stubs
             require_client_authentication=self._files.client_ca is not None,
         )
 
-    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Gives the new configuration if the files have changed; keeps the old one while they can not be used.
+    def _newest(self) -> _Pem:
+        """Gives what the files hold, or held before, while they can not be used.
 
-        Called by grpc at each handshake, on a thread of its own. What was looked at is not parsed again: to check a key
-        of 4096 bits takes a quarter of a second, for which everything else would stand still. A problem is logged once.
+        What was looked at is not parsed again: to check a key of 4096 bits takes a quarter of a second, for which
+        everything else would stand still. A problem is logged once.
         """
         try:
             found = _read(self._files)
             if found == self._looked_at:
-                return None
+                return self._usable
             self._looked_at = found
             _check(self._files, found)
         except CertificateError as error:
             if self._problem != str(error):
                 self._problem = str(error)
                 _log.error("certificate_not_reloaded", problem=self._problem)
-            return None
+            return self._usable
         self._problem = ""
+        self._usable = found
         _log.info("certificate_reloaded", file=str(self._files.certificate))
-        return _configuration(found)
+        return found
 
 
 def _configuration(pem: _Pem) -> grpc.ServerCertificateConfiguration:
