@@ -105,7 +105,7 @@ class Running:
     """A service that listens, on the addresses that it has in truth.
 
     `ready` is done once it has its database; it fails if it never can. `background` tells when it can not go on.
-    `retire` leaves new connections to others on the same ports, and waits until it has none.
+    `retire` leaves new connections to others on the same ports, and waits until there are none here any more.
     `metrics_listen` is empty for a worker, and `http_listen` where no gateway may ask over HTTP.
     """
 

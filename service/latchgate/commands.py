@@ -18,7 +18,7 @@ from latchgate import config
 from latchgate.config import CommandError, LogFormat, Settings
 from latchgate.database import database_address, end_embedded
 from latchgate.domain.errors import UnavailableError
-from latchgate.listening import PortError, hold_port, serve_metrics
+from latchgate.listening import AGE_JITTER, KEEPALIVE_S, PortError, hold_port, serve_metrics
 from latchgate.observability import configure_logging
 from latchgate.signals import Signals
 from latchgate.storage.embedded import EmbeddedDatabaseError
@@ -137,7 +137,7 @@ async def _serve(settings: Settings, welcome: Welcome, farewell: Callable[[], No
                 addresses["LATCHGATE_HTTP_LISTEN"] = held
             supervisor = Supervisor(
                 count=settings.workers,
-                connection_age_s=settings.connection_age_seconds,
+                connection_s=_longest_connection_s(settings),
                 drain_s=settings.drain_seconds,
                 variables=config.as_variables(settings) | addresses,
                 metrics=metrics,
@@ -159,6 +159,12 @@ async def _serve(settings: Settings, welcome: Welcome, farewell: Callable[[], No
                 await signals.unless_stopped(welcome(started))
                 await signals.unless_stopped(_go_on(supervisor, signals))
             farewell()
+
+
+def _longest_connection_s(settings: Settings) -> float:
+    """Says how long a connection lasts at most from when its client is to make a new one."""
+    grpc_s = (1 + AGE_JITTER) * settings.connection_age_seconds
+    return max(grpc_s, KEEPALIVE_S) if settings.http_listen else grpc_s
 
 
 async def _go_on(supervisor: Supervisor, signals: Signals) -> None:

@@ -7,8 +7,8 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -25,8 +25,8 @@ MAX_HOLD_S: Final = 0.15
 # Connections that were made are accepted within a moment, by grpc's own threads.
 ACCEPT_S: Final = 0.001
 MAX_ACCEPT_S: Final = 0.1
-# How often is looked whether connections are left: of a thousand that takes some milliseconds.
-LOOK_S: Final = 0.5
+# How often is looked whether connections are left.
+POLL_S: Final = 0.5
 
 _OPEN_FILES: Final = Path("/proc/self/fd")
 # Linux's struct tcp_info up to tcpi_unacked, which is of a listener how many connections wait to be accepted.
@@ -40,16 +40,16 @@ async def retire(server: RpcServer, http: HttpServer) -> None:
 
     For where others listen on the same ports. Clients are told to connect anew when their connections are of age, over
     HTTP with their next answer, and are answered until they have: no call is lost, however many they have under way. A
-    server that is told to stop kills what its clients send before they hear of it. Ends at once where the system can
-    not be asked about connections.
+    server that is told to stop kills what its clients send before they hear of it. Of a system that tells no process
+    about its sockets (any but Linux) the gRPC port is left as it is, and its connections are not waited for.
     """
-    for listener in _listeners(http.port):
-        await _taken_up(listener)
-    await http.retire()
+    with _listeners(http.port) as listeners:
+        await _taken_up(listeners)
+        await http.retire()
     await _stop_listening(server.port)
-    _log.info("retiring", connections=_connections(server, http))
-    while _connections(server, http):  # noqa: ASYNC110 - nobody tells of them
-        await asyncio.sleep(LOOK_S)
+    _log.info("retiring", connections=http.connections + sum(map(_is_connected, _sockets(server.port))))
+    while http.connections or any(map(_is_connected, _sockets(server.port))):  # noqa: ASYNC110 - nobody tells of them
+        await asyncio.sleep(POLL_S)
 
 
 async def drain(server: RpcServer, pipeline: Pipeline, grace_s: float) -> None:
@@ -85,21 +85,28 @@ async def _quiet(pipeline: Pipeline) -> None:
 
 async def _stop_listening(port: int) -> None:
     """Closes a port of grpc's, which it does itself only when it kills calls as well."""
-    for listener in _listeners(port):
-        await _taken_up(listener)
-        # Of the socket itself, unlike closing: grpc's file number leads to the same.
-        with suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
+    with _listeners(port) as listeners:
+        await _taken_up(listeners)
+        for each in listeners:
+            # Of the socket itself, unlike closing: grpc's file number leads to the same.
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
 
-def _listeners(port: int) -> Iterator[socket.socket]:
-    return (each for each in _sockets(port) if each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+@contextmanager
+def _listeners(port: int) -> Iterator[list[socket.socket]]:
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(each.dup())
+            for each in _sockets(port)
+            if each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        ]
 
 
-async def _taken_up(listener: socket.socket) -> None:
+async def _taken_up(listeners: Sequence[socket.socket]) -> None:
     """Waits until all connections are accepted that were made, but not for long: those that are not would be reset."""
     for _ in range(round(MAX_ACCEPT_S / ACCEPT_S)):
-        if not _waiting(listener):
+        if not any(map(_waiting, listeners)):
             return
         await asyncio.sleep(ACCEPT_S)
 
@@ -118,15 +125,12 @@ def _sockets(port: int) -> Iterator[socket.socket]:
     with suppress(OSError):
         numbers = [int(path.name) for path in _OPEN_FILES.iterdir()]
     for number in numbers:
+        # What is closed meanwhile is no matter.
         with suppress(OSError):
             if stat.S_ISSOCK(os.fstat(number).st_mode):
                 with socket.socket(fileno=os.dup(number)) as each:
                     if each.family != socket.AF_UNIX and each.getsockname()[1] == port:
                         yield each
-
-
-def _connections(server: RpcServer, http: HttpServer) -> int:
-    return http.connections + sum(map(_is_connected, _sockets(server.port)))
 
 
 def _is_connected(each: socket.socket) -> bool:

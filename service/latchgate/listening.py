@@ -6,8 +6,17 @@ import errno
 import socket
 from contextlib import AsyncExitStack, suppress
 from enum import Enum
+from typing import Final
 
 from prometheus_client import CollectorRegistry, start_http_server
+
+AGE_JITTER: Final = 0.1
+"""By what share connections of gRPC get older than they are told to, at most: grpc draws it for each."""
+KEEPALIVE_S: Final = 75.0
+"""For how long a connection of HTTP is kept that nobody uses.
+
+Longer than nginx keeps one by itself (60 s): the one who may use it again closes it.
+"""
 
 
 class Role(Enum):

@@ -5,7 +5,7 @@ same scheduling as the service, and does nothing else. Its arguments are the por
 answer, and choices that differ from that:
 
 - `plain`: what grpc.aio and uvloop are without the service's options and scheduling, and with a single server
-- `single`: a single server
+- `servers=NUMBER`: so many of grpc's servers
 - `policy`: the system's usual scheduling policy
 - `asyncio`: asyncio's own event loop
 - `bytes`: requests and answers are not read and written, but passed on as bytes
@@ -64,8 +64,9 @@ async def serve(port: int, written: bytes, choices: Collection[str]) -> None:
     if not is_plain and "policy" not in choices:
         schedule_for_throughput()
     changed = {name: int(number) for name, _, number in (each.partition("=") for each in choices) if number}
+    count = 1 if is_plain else changed.pop("servers", SERVERS)
     chosen = () if is_plain else tuple((dict(options(CONNECTION_AGE_S)) | changed).items())
-    servers = [grpc.aio.server(options=chosen) for _ in range(1 if is_plain or "single" in choices else SERVERS)]
+    servers = [grpc.aio.server(options=chosen) for _ in range(count)]
     for server in servers:
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(KEY_SERVICE.full_name, {"Validate": handler}),)

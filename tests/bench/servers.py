@@ -237,7 +237,7 @@ async def noop(
 
 def single_noop(answer: pb.ValidateResponse, core: int, folder: Path) -> AbstractAsyncContextManager[Target]:
     """Runs the no-op on one of grpc's servers, where the service has several on its port."""
-    return noop(answer, core, folder, name=SINGLE, choices=["single"])
+    return noop(answer, core, folder, name=SINGLE, choices=["servers=1"])
 
 
 def plain_noop(answer: pb.ValidateResponse, core: int, folder: Path) -> AbstractAsyncContextManager[Target]:

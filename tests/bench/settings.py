@@ -69,12 +69,15 @@ METHOD = (
 
 # Few beside each other: the more there are, the less each finds of its own in the processor's caches.
 GROUPS: tuple[tuple[Setting, ...], ...] = (
+    tuple(
+        Setting(name=f"{count} of grpc's servers on the port", choices=(f"servers={count}",), taken=f"{SERVERS}")
+        for count in (1, 2, 4, 16)
+    ),
     (
         Setting(
             name="grpc.aio and uvloop as they come", choices=("plain",), environment={"GRPC_EXPERIMENTS": ""}, taken=""
         ),
         Setting(name="grpc's newer listener", environment={"GRPC_EXPERIMENTS": ""}, taken="the former one"),
-        Setting(name="a single one of grpc's servers on the port", choices=("single",), taken=f"{SERVERS}"),
         Setting(name="the usual scheduling policy", choices=("policy",), taken="SCHED_BATCH"),
         Setting(name="asyncio's own event loop", choices=("asyncio",), taken="uvloop"),
     ),

@@ -34,9 +34,9 @@ async def ask(stub: Any) -> None:
 
 
 async def ask_anew(service: Fleet) -> None:
-    """Asks on a connection of its own."""
+    """Asks on a connection of its own, and demands an answer in time."""
     async with grpc.aio.insecure_channel(service.address, options=OWN_CONNECTION) as channel:
-        await ask(KeyServiceStub(channel))
+        await asyncio.wait_for(ask(KeyServiceStub(channel)), DEADLINE_S)
 
 
 async def test_workers_are_renewed(database_url: str, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ async def _have(answers: Counter[int | str], count: int) -> bool:
 async def test_retiring_worker_keeps_its_connections(database_url: str, tmp_path: Path) -> None:
     """New connections go to the successor; who is connected to the worker before is answered by it as long as he is.
 
-    Should it die meanwhile, that is its end, and no death of a worker.
+    Should it die meanwhile, its clients lose calls: that is told like any death. Nobody has to take its place.
     """
     async with (
         fleet(database_url, tmp_path, WORKERS=1, CONNECTION_AGE_SECONDS=NEVER_S) as service,
@@ -114,16 +114,21 @@ async def test_retiring_worker_keeps_its_connections(database_url: str, tmp_path
         (old,) = service.pids(1)
         service.process.tell(signal.SIGHUP)
         await service.until_event("retiring", connections=1)
+        assert 1 == value(await service.metrics(), "latchgate_workers", state="leaving")
         os.kill(old, signal.SIGSTOP)
-        await asyncio.gather(*(ask_anew(service) for _ in range(CONNECTIONS)))
-        os.kill(old, signal.SIGCONT)
+        try:
+            await asyncio.gather(*(ask_anew(service) for _ in range(CONNECTIONS)))
+        finally:
+            os.kill(old, signal.SIGCONT)
         await ask(stub)
         assert [] == service.events("workers_renewed")
 
         os.kill(old, signal.SIGKILL)
         await service.until_event("workers_renewed")
         await ask_anew(service)
-        assert 0 == value(await service.metrics(), "latchgate_worker_deaths_total")
+        assert 1 == value(await service.metrics(), "latchgate_worker_deaths_total")
+        assert ["SIGKILL"] == [event["how"] for event in service.events("worker_ended", pid=old)]
+        assert 2 == len(service.pids(1))
         await service.stop()
 
 

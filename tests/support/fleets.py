@@ -101,7 +101,7 @@ class Fleet:
 async def fleet(database_url: str, folder: Path, **variables: Any) -> AsyncIterator[Fleet]:
     """Serves a database by several processes until the block ends. The root token is ROOT_TOKEN.
 
-    Connections do not get old, and so neither do workers that wait for them to end.
+    Connections live a second, and workers that wait for them to end not much longer.
     """
     settings = {"DATABASE_URL": database_url, "ROOT_TOKEN": ROOT_TOKEN, "TAG_KEY": TAG_KEY, "CONNECTION_AGE_SECONDS": 1}
     async with latchgate("serve", folder, environment(**(dict(SERVE) | settings | variables))) as process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,8 @@ class ReloadingCredentials:
         self._looked_at = self._usable = _read(files)
         _check(files, self._usable)
         self._problem = ""
+        # Each of grpc's servers asks on threads of its own.
+        self._looking = threading.Lock()
 
     def credentials(self) -> grpc.ServerCredentials:
         """Gives credentials for one server, which look for changes at each handshake."""
@@ -54,7 +57,8 @@ class ReloadingCredentials:
         def changed() -> grpc.ServerCertificateConfiguration | None:
             """Is called by grpc at each handshake, on a thread of its own."""
             nonlocal given
-            newest = self._newest()
+            with self._looking:
+                newest = self._newest()
             if newest == given:
                 return None
             given = newest

@@ -9,13 +9,12 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from latchgate.gateway.answers import COME_BACK, UNDECIDED, Denial
+from latchgate.listening import KEEPALIVE_S
 from latchgate.web.auth import AuthEndpoint, refusal
 
 MAX_HEADER_BYTES: Final = 128 * 1024
 """Of one header: more than a gateway lets through of all that its client sent."""
 MAX_HEADERS: Final = 1024
-KEEPALIVE_S: Final = 75.0
-"""Longer than nginx keeps a connection by itself (60 s): the one who may use it again closes it."""
 
 UNREADABLE: Final = Denial("INVALID_ARGUMENT", 400, "MALFORMED_REQUEST", "the request can not be read")
 

@@ -57,8 +57,8 @@ class FleetMetrics(Collector):
 
     async def _gather(self) -> list[Metric]:
         await self.refresh()
-        # Of two in one place, the gauges of the one that serves.
-        living = sorted(self.living, key=lambda worker: worker.is_ready and not worker.is_leaving)
+        # Of two in one place, the gauges of the one that takes new connections.
+        living = sorted(self.living, key=lambda worker: worker.is_open)
         parts = [(SUPERVISOR, read_registry(self._own)), *((str(each.number), each.families) for each in living)]
         return [*self._totals.merged(parts), *self.of_workers()]
 
@@ -75,6 +75,6 @@ class FleetMetrics(Collector):
 
 
 def _state(worker: WorkerProcess) -> str:
-    if worker.is_leaving:
+    if worker.is_retiring or worker.is_leaving:
         return "leaving"
     return "ready" if worker.is_ready else "starting"

@@ -49,7 +49,8 @@ class WorkerProcess:
     """A worker process that was started.
 
     `ready` is done once it serves, and fails with WorkerEndedError; `ended` is done once it is gone and all that it
-    said is read. `families` are the metrics that it told last. Once it `is_leaving` its end is no fault.
+    said is read. `families` are the metrics that it told last. One that `is_retiring` takes no new connections. Once it
+    `is_leaving` its end is no fault.
     """
 
     def __init__(self, number: int, process: asyncio.subprocess.Process, channel: Channel) -> None:
@@ -60,6 +61,7 @@ class WorkerProcess:
         # Whether anybody waits for it or not: that a worker has ended is told by `ended` as well.
         self.ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
         self.families: Sequence[Family] = ()
+        self.is_retiring = False
         self.is_leaving = False
         self._process = process
         self._channel = channel
@@ -101,6 +103,11 @@ class WorkerProcess:
         return self.ready.done() and self._ready_s is not None and not self.ended.done()
 
     @property
+    def is_open(self) -> bool:
+        """Whether it takes new connections."""
+        return self.is_ready and not (self.is_retiring or self.is_leaving)
+
+    @property
     def status(self) -> int:
         """The exit status that it asks the service to end with."""
         return self._status
@@ -119,7 +126,7 @@ class WorkerProcess:
 
     async def retire(self, within_s: float) -> None:
         """Has it take no new connections, and waits until it has none, or has ended; not longer than the time."""
-        self.is_leaving = True
+        self.is_retiring = True
         self._channel.send({"is": "retire"})
         waits: set[asyncio.Future[Any]] = {self.ended, self._retired}
         await asyncio.wait(waits, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
@@ -157,7 +164,8 @@ class WorkerProcess:
             self._ready_s = time.monotonic()
             self.ready.set_result(Found(**message["found"]))
         elif message["is"] == "retired":
-            self._retired.set_result(None)
+            if not self._retired.done():
+                self._retired.set_result(None)
         elif message["is"] == "failed":
             self._problem, self._status = message["problem"], message["status"]
         else:

@@ -23,9 +23,7 @@ MAX_DEATHS: Final = 5
 DEATHS_WINDOW_S: Final = 60.0
 LONG_ENOUGH_S: Final = 10.0
 """A worker that was ready for so long has not died of its start."""
-OLDEST: Final = 1.1
-"""How old connections get at most: they end a tenth earlier or later than they are told to, each at another time."""
-TOLD_S: Final = 1.0
+RECONNECT_S: Final = 5.0
 """How long clients may take to connect anew when they are told to, and their worker to see that they have."""
 METRICS_INTERVAL_S: Final = 5.0
 """How much of what it has counted a worker that is killed takes with it at most, if nobody scrapes."""
@@ -67,14 +65,14 @@ class Supervisor:
         self,
         *,
         count: int,
-        connection_age_s: float,
+        connection_s: float,
         drain_s: float,
         variables: Mapping[str, str],
         metrics: FleetMetrics,
     ) -> None:
-        """Takes how many there are to be, the ages and times of their settings, and their environment."""
+        """Takes how many there are to be, how long connections last, how long calls may take, and the environment."""
         self._places = [_Place(number=number) for number in range(1, count + 1)]
-        self._retire_s = OLDEST * connection_age_s + TOLD_S
+        self._retire_s = connection_s + RECONNECT_S
         self._drain_s = drain_s
         self._variables = variables
         self._metrics = metrics
@@ -164,7 +162,7 @@ class Supervisor:
             self._count_death(place, "it can not be started")
 
     async def _start(self, place: _Place) -> WorkerProcess | None:
-        serves = any(worker.is_ready and not worker.is_leaving for worker in self._metrics.living)
+        serves = any(worker.is_open for worker in self._metrics.living)
         try:
             role = Role.SUCCESSOR if serves and self._is_complete else Role.WORKER
             worker = await WorkerProcess.start(place.number, role, self._variables)

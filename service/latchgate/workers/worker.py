@@ -140,6 +140,7 @@ async def _heed(channel: Channel, running: Running, stopping: asyncio.Event, sto
         _tell_metrics(channel, running)
     if retiring is not None:
         retiring.cancel()
+        await asyncio.gather(retiring, return_exceptions=True)
     # Should stopping hang: there may be nobody any more who would end this process.
     watchdog = threading.Timer(stop_within_s, os._exit, (1,))
     watchdog.daemon = True
@@ -156,8 +157,9 @@ async def _heed(channel: Channel, running: Running, stopping: asyncio.Event, sto
 async def _retire(channel: Channel, running: Running) -> None:
     try:
         await running.retire()
-    finally:
-        channel.send({"is": "retired"})
+    except Exception as error:  # noqa: BLE001 - then it is stopped like any other
+        _log.error("not_retired", error=type(error).__name__, where=where(error))
+    channel.send({"is": "retired"})
 
 
 def _tell_metrics(channel: Channel, running: Running) -> None:
