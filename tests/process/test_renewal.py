@@ -14,6 +14,7 @@ from aiohttp import ClientError, ClientSession
 
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
+from latchgate.workers.supervisor import RECONNECT_S
 from support.databases import until
 from support.faults import NOT_SERVING, SERVING, health_changes
 from support.fleets import DEADLINE_S, OWN_CONNECTION, Fleet, Samples, clients, fleet, gone_back, total, value
@@ -94,6 +95,29 @@ async def test_gateways_over_http_lose_nothing(database_url: str, tmp_path: Path
         is_over.set()
         await asyncio.gather(*asking)
     assert {401} == set(answers)
+
+
+async def test_idle_connection_over_http_is_not_cut(database_url: str, tmp_path: Path) -> None:
+    """A gateway that keeps a connection which it does not use at the moment may use it for as long as it always may."""
+    async with fleet(database_url, tmp_path, WORKERS=1, HTTP_LISTEN="127.0.0.1:0") as service:
+        host, _, port = (await service.process.event("serving"))["http"].rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+
+        async def answer() -> bytes:
+            writer.write(b"POST /auth HTTP/1.1\r\nHost: gate\r\nContent-Length: 0\r\n\r\n")
+            return await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), DEADLINE_S)
+
+        first = await answer()
+        await reader.readexactly(int(first.lower().partition(b"content-length: ")[2].partition(b"\r")[0]))
+        service.process.tell(signal.SIGHUP)
+        await service.until_event("retiring", connections=1)
+        # Longer than connections of gRPC last here.
+        await asyncio.sleep(RECONNECT_S + 3)
+        second = await answer()
+        writer.close()
+        await service.until_event("workers_renewed")
+    assert [True, True] == [each.startswith(b"HTTP/1.1 401 ") for each in (first, second)]
+    assert [False, True] == [b"connection: close" in each.lower() for each in (first, second)]
 
 
 async def _have(answers: Counter[int | str], count: int) -> bool:
