@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from latchgate.limiting import PATIENCE_S
-from support.databases import fault_proxy, until
-from support.keys import Tenant, cloned_database, database_of, execute, make_tenant, outcome_of
+from support.databases import until
+from support.keys import cloned_database, database_of, execute, make_tenant, outcome_of
+from support.limited import ask, until_shared
 from support.service import RunningService, run_service
 from support.transport import sample
 
@@ -32,21 +32,6 @@ async def pair(postgres_url: str, template_url: str) -> AsyncIterator[Pair]:
                 for service in (one, other):
                     await until_shared(service)
                 yield one, other
-
-
-async def until_shared(service: RunningService, *, is_local: bool = False) -> None:
-    """Waits until a service shares its limits; or until it does not any more. It is asked meanwhile."""
-
-    async def is_so() -> bool:
-        return sample(service, "latchgate_rate_limits_local") == int(is_local)
-
-    await until(is_so)
-
-
-async def ask(service: RunningService, token: str, count: int, **fields: object) -> Counter[str]:
-    """Validates so many times at once, and counts the outcomes."""
-    answers = await asyncio.gather(*(service.validate(token, **fields) for _ in range(count)))
-    return Counter(outcome_of(answer) for answer in answers)
 
 
 async def used(service: RunningService, key_id: str) -> int:
@@ -172,28 +157,6 @@ async def test_windows_away(pair: Pair) -> None:
     await until_used(pair[0], created.key.id, 20)
     for service in pair:
         assert (await ask(service, created.token, 10))["RATE_LIMITED"] >= 9
-
-
-async def test_a_database_that_does_not_answer(database_url: str) -> None:
-    """Calls that wait for a database that falls silent are answered within a fraction of a second, from what the worker
-    may admit by itself; all others do not notice.
-    """
-    async with fault_proxy(database_url) as proxy, run_service(proxy.url) as service:
-        tenant: Tenant = await make_tenant(service, "acme")
-        tokens = [(await tenant.key(rate_limit_per_minute=30)).token for _ in range(2)]
-        for token in tokens:
-            await service.validate(token, required_permissions=["not:granted"])
-        await until_shared(service)
-        proxy.freeze()
-        start_s = time.monotonic()
-        assert {"VALID": 30} == await ask(service, tokens[0], 30)
-        assert time.monotonic() - start_s < PATIENCE_S + 0.5
-        await until_shared(service, is_local=True)
-        start_s = time.monotonic()
-        assert {"VALID": 30, "RATE_LIMITED": 1} == await ask(service, tokens[1], 31)
-        assert time.monotonic() - start_s < 1.0
-        proxy.thaw()
-        await until_shared(service)
 
 
 async def test_a_service_that_stops_gives_back_what_it_holds(database_url: str) -> None:
