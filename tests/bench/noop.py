@@ -9,6 +9,7 @@ answer, and choices that differ from that:
 - `policy`: the system's usual scheduling policy
 - `asyncio`: asyncio's own event loop
 - `bytes`: requests and answers are not read and written, but passed on as bytes
+- `registered`: health and reflection beside it, as generated code adds them: their methods are registered with grpc
 - `coroutine`: the handler says that it is a coroutine, as the service's does
 - `NAME=NUMBER`: an option of grpc
 """
@@ -25,6 +26,8 @@ from typing import Any, Final
 
 import grpc
 import uvloop
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from apikeys.v1 import key_service_pb2 as pb
 from latchgate.rpc.server import KEY_SERVICE, SERVERS, options
@@ -71,6 +74,9 @@ async def serve(port: int, written: bytes, choices: Collection[str]) -> None:
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(KEY_SERVICE.full_name, {"Validate": handler}),)
         )
+        if "registered" in choices:
+            health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+            reflection.enable_server_reflection([reflection.SERVICE_NAME], server)
         server.add_insecure_port(f"127.0.0.1:{port}")
     stopping = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

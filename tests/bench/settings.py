@@ -83,6 +83,7 @@ GROUPS: tuple[tuple[Setting, ...], ...] = (
     ),
     (
         Setting(name="BDP probes", choices=("grpc.http2.bdp_probe=1",), taken="without"),
+        Setting(name="health and reflection, registered with grpc", choices=("registered",), taken="by name alone"),
         Setting(name="bytes instead of messages", choices=("bytes",), taken="so"),
         Setting(name="bytes, and a handler that says it is a coroutine", choices=("bytes", "coroutine"), taken="so"),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack
@@ -63,6 +64,26 @@ async def test_servers_of_a_worker_share_its_port(host: str) -> None:
     await server.stop(0)
     assert SERVERS == len(server.servers) == found
     assert not listeners(server.port)
+
+
+async def test_server_asks_for_one_call_at_a_time() -> None:
+    """A server waits for one next call, of whichever method: at each call grpc.aio waits anew for all that it has asked
+    for, and of methods that are registered, as generated code does, it asks for each.
+    """
+    before = asyncio.all_tasks()
+    server = make_server(
+        pipeline=Pipeline(Metrics(CollectorRegistry()), is_validate_open=True), connection_age_s=60, shares_port=True
+    )
+    await server.listen("127.0.0.1:0", None)
+    # Each begins to ask once it has said that it is started.
+    await asyncio.sleep(0)
+    asked = [
+        name
+        for task in asyncio.all_tasks() - before
+        if "request" in (name := getattr(task.get_coro(), "__qualname__", ""))
+    ]
+    await server.stop(0)
+    assert ["AioServer._request_call"] * len(server.servers) == asked
 
 
 def listeners(port: int) -> int:

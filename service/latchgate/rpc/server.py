@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -171,6 +171,20 @@ class _ReflectionPool:
             return pool.FindMethodByName(symbol).containing_service.file
 
 
+class _Unregistered:
+    """A server whose methods are found by their names alone, though generated code would register them as well.
+
+    For each method that is registered grpc.aio asks for a call of its own, and at every call, of whichever method, it
+    waits for all of these anew (`asyncio.wait`).
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, _service: str, _handlers: Mapping[str, object]) -> None:
+        """Does nothing: they are among the generic ones too."""
+
+
 def make_server(*, pipeline: Pipeline, connection_age_s: float, shares_port: bool = False) -> RpcServer:
     """Makes a server that does not listen yet; its health is NOT_SERVING.
 
@@ -194,8 +208,11 @@ def make_server(*, pipeline: Pipeline, connection_age_s: float, shares_port: boo
     for _ in range(SERVERS if shares_port else 1):
         server = grpc.aio.server(options=[*options(connection_age_s), ("grpc.so_reuseport", int(shares_port))])
         server.add_generic_rpc_handlers(handlers)
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-        reflection.enable_server_reflection(names, server, cast("descriptor_pool.DescriptorPool", _ReflectionPool()))
+        unregistered = cast("grpc.aio.Server", _Unregistered(server))
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, unregistered)
+        reflection.enable_server_reflection(
+            names, unregistered, cast("descriptor_pool.DescriptorPool", _ReflectionPool())
+        )
         servers.append(server)
     return RpcServer(servers=servers, health=health_servicer)
 
