@@ -46,20 +46,16 @@ _VALID_NUMBER: Final = OUTCOME_NUMBERS[Outcome.VALID]
 class _Uses(Uses):
     """What was answered about one secret in one hour: how often VALID, when last, and how often what else."""
 
-    __slots__ = ("organization_id", "record", "refused")
+    __slots__ = ("organization_id", "refused")
 
     def __init__(self, organization_id: str, until_s: float) -> None:
         super().__init__(until_s)
         self.organization_id = organization_id
-        # Whose answers are counted here in place.
-        self.record: KeyRecord | None = None
         self.refused: Counter[Outcome] | None = None
 
     def close(self) -> None:
-        """Has what comes from now on counted elsewhere. A record that is held for long does not hold this, too."""
+        """Has what comes from now on counted elsewhere."""
         self.until_s = NO_USES.until_s
-        if self.record is not None and self.record.uses is self:
-            self.record.uses = NO_USES
 
     def counts(self) -> Sequence[tuple[int, int]]:
         """Gives pairs of an outcome's number and how often it was answered, by the number."""
@@ -118,9 +114,7 @@ class UsageBuffer:
 
         Gives what the next ones can be counted in.
         """
-        uses = self._used(record.secret_id, record.organization_id, now_s)
-        uses.record = record
-        return uses
+        return self._used(record.secret_id, record.organization_id, now_s)
 
     def used_secret(self, secret_id: int, organization_id: str, now_s: float) -> None:
         """Takes note of a use that was no answer of Validate, as `used` does."""
