@@ -7,14 +7,14 @@ import logging
 import re
 import sys
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from functools import partial
 from itertools import accumulate
 from typing import Any, TextIO, cast
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -106,58 +106,79 @@ def _library_event(_logger: Any, _name: str, event: MutableMapping[str, Any]) ->
 class _Recalled:
     """Implements latchgate.observers.Tally."""
 
-    def __init__(self) -> None:
+    def __init__(self, slow: Callable[[float], None]) -> None:
+        """Takes who counts one that took longer."""
         self.quick_s = _SECONDS[0]
         self.quick = 0
         self.seconds = 0.0
         self.valid = 0
-        # What the metrics have been told of the three.
-        self.told = (0, 0.0, 0)
-        self.slow_s: deque[float] = deque()
-
-    def slow(self, seconds: float) -> None:
-        """Counts one that took longer."""
-        self.slow_s.append(seconds)
+        self.slow = slow
 
 
-class _Handing(Collector):
-    """Has something done before the metrics are read; shows nothing itself."""
+class _Calls(Collector):
+    """Calls by method and status, and how long they took. Numbers are plain ones: a lock for each call costs too much.
 
-    def __init__(self, hand_on: Callable[[], None]) -> None:
-        self._hand_on = hand_on
+    Written by one thread, read by any.
+    """
 
-    def collect(self) -> Iterable[Metric]:
-        """Does it."""
-        self._hand_on()
-        return ()
-
-
-class _Durations(Collector):
-    """A histogram by method to which many observations can be added at once."""
-
-    def __init__(self, name: str, documentation: str) -> None:
-        self._name = name
-        self._documentation = documentation
+    def __init__(self, tallies: Mapping[str, _Recalled]) -> None:
+        """Takes where those are counted that were answered from memory, by method."""
+        self._tallies = tallies
+        self._counts: dict[tuple[str, str], int] = {}
         # For each method the counts by bucket, those of longer than the longest last; and the sum.
-        self._counts: dict[str, list[int]] = {}
+        self._buckets: dict[str, list[int]] = {}
         self._sums: dict[str, float] = {}
 
-    def add(self, method: str, bucket: int, count: int, seconds: float) -> None:
-        """Adds `count` observations of one bucket, which sum up to `seconds`."""
-        counts = self._counts.get(method)
-        if counts is None:
-            counts = self._counts[method] = [0] * (len(_SECONDS) + 1)
+    def add(self, method: str, code: str, seconds: float) -> None:
+        """Counts a call."""
+        known = method, code
+        self._counts[known] = self._counts.get(known, 0) + 1
+        buckets = self._buckets.get(method)
+        if buckets is None:
             self._sums[method] = 0.0
-        counts[bucket] += count
+            buckets = self._buckets[method] = _no_buckets()
+        buckets[bisect_left(_SECONDS, seconds)] += 1
         self._sums[method] += seconds
 
     def collect(self) -> Iterable[Metric]:
-        """Shows it."""
-        family = HistogramMetricFamily(self._name, self._documentation, labels=["method"])
+        """Shows them."""
+        counts = self._counts.copy()
+        buckets = {method: list(each) for method, each in tuple(self._buckets.items())}
+        sums = self._sums.copy()
+        for method, tally in self._tallies.items():
+            if tally.quick:
+                counts[method, "OK"] = counts.get((method, "OK"), 0) + tally.quick
+                buckets.setdefault(method, _no_buckets())[0] += tally.quick
+                sums[method] = sums.get(method, 0.0) + tally.seconds
+        calls = CounterMetricFamily("latchgate_calls", "Calls by method and gRPC status.", labels=["method", "code"])
+        for labels, count in counts.items():
+            calls.add_metric(labels, count)
+        yield calls
+        durations = HistogramMetricFamily("latchgate_call_seconds", "Time to answer a call.", labels=["method"])
         bounds = [*map(str, _SECONDS), "+Inf"]
-        for method, counts in self._counts.items():
-            buckets = list(zip(bounds, accumulate(counts), strict=True))
-            family.add_metric([method], buckets, self._sums[method])
+        for method, each in buckets.items():
+            durations.add_metric([method], list(zip(bounds, accumulate(each), strict=True)), sums[method])
+        yield durations
+
+
+def _no_buckets() -> list[int]:
+    return [0] * (len(_SECONDS) + 1)
+
+
+class _Outcomes(Collector):
+    """Outcomes, counted as calls are."""
+
+    def __init__(self, tallies: Mapping[str, _Recalled]) -> None:
+        """Takes where VALID is counted for tokens that were in memory."""
+        self._tallies = tallies
+        self.counts = dict.fromkeys(Outcome, 0)
+
+    def collect(self) -> Iterable[Metric]:
+        """Shows them."""
+        family = CounterMetricFamily("latchgate_outcomes", "Tokens judged, by outcome.", labels=["outcome"])
+        for outcome, count in self.counts.items():
+            recalled = sum(tally.valid for tally in self._tallies.values()) if outcome is Outcome.VALID else 0
+            family.add_metric([outcome.name], count + recalled)
         yield family
 
 
@@ -170,14 +191,11 @@ class Metrics:
         # Memory, processor time and open files, which a registry of one's own is without.
         ProcessCollector(registry=registry)
         self._tallies: dict[str, _Recalled] = {}
-        # First, so that it has handed on what it holds before the others are read.
-        registry.register(_Handing(self._take_recalled))
-        self._calls = Counter(
-            "latchgate_calls", "Calls by method and gRPC status.", ["method", "code"], registry=registry
-        )
-        self._call_seconds = _Durations("latchgate_call_seconds", "Time to answer a call.")
-        registry.register(self._call_seconds)
-        self._outcomes = Counter("latchgate_outcomes", "Tokens judged, by outcome.", ["outcome"], registry=registry)
+        calls, outcomes = _Calls(self._tallies), _Outcomes(self._tallies)
+        self.finished = calls.add
+        self._outcomes = outcomes.counts
+        registry.register(calls)
+        registry.register(outcomes)
         unjudged = Counter(
             "latchgate_unjudged",
             "Requests of gateways' clients with no token (missing), or with several (conflict).",
@@ -249,43 +267,21 @@ class Metrics:
             registry=registry,
         )
         self._disabled = Gauge("latchgate_webhooks_disabled", "Webhooks that are disabled.", registry=registry)
-        self._outcome_counters = {outcome: self._outcomes.labels(outcome=outcome.name) for outcome in Outcome}
         self._answered = self._lookups.labels(result="answered")
         self._failed = self._lookups.labels(result="error")
-        self._by_call: dict[tuple[str, str], Counter] = {}
         self.database_up = Gauge(
             "latchgate_database_up",
             "Whether the database answers and can be written (1) or not (0).",
             registry=registry,
         )
 
-    def finished(self, method: str, code: str, seconds: float) -> None:
-        """A call of `method` ended with the gRPC status `code`."""
-        known = self._by_call.get((method, code))
-        if known is None:
-            known = self._by_call[method, code] = self._calls.labels(method=method, code=code)
-        known.inc()
-        self._call_seconds.add(method, bisect_left(_SECONDS, seconds), 1, seconds)
-
     def tally(self, method: str) -> _Recalled:
         """Where answers of `method` from memory are counted."""
-        return self._tallies.setdefault(method, _Recalled())
-
-    def _take_recalled(self) -> None:
-        """Counts what was answered from memory since it was last asked; any thread may ask while others count."""
-        for method, recalled in self._tallies.items():
-            quick_before, seconds_before, valid_before = recalled.told
-            quick, seconds, valid = recalled.told = recalled.quick, recalled.seconds, recalled.valid
-            self._outcome_counters[Outcome.VALID].inc(valid - valid_before)
-            if quick != quick_before:
-                self._calls.labels(method=method, code="OK").inc(quick - quick_before)
-                self._call_seconds.add(method, 0, quick - quick_before, seconds - seconds_before)
-            while recalled.slow_s:
-                self.finished(method, "OK", recalled.slow_s.popleft())
+        return self._tallies.setdefault(method, _Recalled(partial(self.finished, method, "OK")))
 
     def outcome(self, outcome: Outcome) -> None:
         """A token was judged."""
-        self._outcome_counters[outcome].inc()
+        self._outcomes[outcome] += 1
 
     def unjudged(self, problem: str) -> None:
         """A gateway's client has sent no token, or several."""
