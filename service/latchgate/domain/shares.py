@@ -121,9 +121,11 @@ class Share:
 
     def settle(self, now_s: float) -> None:
         """Finds out of which grants the permits are that are left; those that have expired are to be given back."""
-        used_up = sum(layer.count for layer in self.layers) - self.permits.left
+        layers, used_up = self.layers, -self.permits.left
+        for layer in layers:
+            used_up += layer.count
         good = []
-        for layer in self.layers:
+        for layer in layers:
             part = min(used_up, layer.count)
             used_up -= part
             layer.count -= part
@@ -144,9 +146,11 @@ class Share:
             count = int(limit * STANDING_PART / 3) // workers
             if count:
                 # The last ones to be used: they last longest.
-                self.layers.append(_Layer(_NOWHERE, count, (block + 1.0) * WINDOW_SLOTS))
+                until_s = (block + 1.0) * WINDOW_SLOTS
+                self.layers.append(_Layer(_NOWHERE, count, until_s))
                 self.permits.left += count
-                self.settle(now_s)
+                if len(self.layers) == 1:
+                    self.permits.until_s = until_s
 
     def standing(self) -> int:
         """Gives how many permits are left of which the store is not told; to be asked after `settle`."""

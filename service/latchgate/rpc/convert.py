@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Final
 from uuid import UUID
 
@@ -348,14 +349,7 @@ def unused_message(
 def identity(key: KeyIdentity) -> bytes:
     """Writes what a ValidateResponse shows of a key."""
     message = key_service_pb2.ValidateResponse(
-        key_id=key.key_id,
-        organization_id=key.organization_id,
-        user_id=key.user_id,
-        user_email=key.user_email,
-        key_name=key.key_name,
-        key_type=_KEY_TYPE[key.key_type],
-        environment=_ENVIRONMENT[key.environment],
-        permissions=key.permissions,
+        key_id=key.key_id, user_id=key.user_id, user_email=key.user_email, key_name=key.key_name
     )
     _set_seconds(message.create_time, key.create_s)
     if key.end_s != math.inf:
@@ -363,7 +357,21 @@ def identity(key: KeyIdentity) -> bytes:
     metadata = message.metadata
     for name, value in key.metadata.items():
         metadata[name] = value
-    return message.SerializeToString()
+    common = _common_identity(key.organization_id, key.key_type, key.environment, key.permissions)
+    return message.SerializeToString() + common
+
+
+@lru_cache(maxsize=10_000)
+def _common_identity(
+    organization_id: str, key_type: KeyType, environment: Environment, permissions: tuple[str, ...]
+) -> bytes:
+    """Writes what many keys have in common: written once, it is a part of the message of each."""
+    return key_service_pb2.ValidateResponse(
+        organization_id=organization_id,
+        key_type=_KEY_TYPE[key_type],
+        environment=_ENVIRONMENT[environment],
+        permissions=permissions,
+    ).SerializeToString()
 
 
 def _set_seconds(message: timestamp_pb2.Timestamp, seconds: float) -> None:

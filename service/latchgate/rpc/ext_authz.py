@@ -104,7 +104,10 @@ class CheckRecall:
 
     async def _ask(self, check: Check) -> bytes:
         verdict = await self._decide(as_text(check.token), check.need)
-        self._outcomes.outcome(verdict.outcome)
+        if verdict.outcome is _VALID:
+            self._tally.valid += 1
+        else:
+            self._outcomes.outcome(verdict.outcome)
         return self._write(verdict, check)
 
 

@@ -74,7 +74,10 @@ class Recall:
     async def _ask(self, token: bytes, need: Need) -> bytes:
         """Has it decided with all that it takes."""
         verdict = await self._decide(as_text(token), need)
-        self._outcomes.outcome(verdict.outcome)
+        if verdict.outcome is _VALID:
+            self._tally.valid += 1
+        else:
+            self._outcomes.outcome(verdict.outcome)
         return self._write(verdict)
 
     def _learn(self, rest: bytes) -> Need | None:

@@ -86,39 +86,45 @@ def _grants(permissions: tuple[str, ...]) -> Grants:
 
 
 def key_record(row: Row, show: Show) -> KeyRecord:
-    """Reads what validation needs of a secret. What many keys have in common they share."""
-    permissions = tuple(row["permissions"])
-    organization_id = intern(row["organization_id"])
-    expire_s, secret_end_s = row["expire_s"], row["secret_end_s"]
+    """Reads what validation needs of a secret. What many keys have in common they share.
+
+    Written for speed, as each lookup waits for it: columns are taken all at once, in their order in SECRET_FIND.
+    """
+    (
+        _, _, _, secret_id, key_id, organization_id, organization_active, plan_id, name, key_type, environment,
+        permissions, cidrs, rate_limit_per_minute, active, revoked, expire_s, secret_end_s, create_s, user_id, email,
+        metadata,
+    ) = row  # fmt: skip
+    permissions = tuple(permissions)
+    organization_id = intern(organization_id)
+    shown = KeyIdentity(
+        key_id,
+        organization_id,
+        user_id,
+        email,
+        name,
+        _KEY_TYPES[key_type],
+        _ENVIRONMENTS[environment],
+        permissions,
+        create_s,
+        min(expire_s, secret_end_s),
+        {} if metadata == "{}" else _read_json(metadata)[0],
+    )
     return KeyRecord(
-        secret_id=row["secret_id"],
-        key_id=row["key_id"],
+        secret_id=secret_id,
+        key_id=key_id,
         organization_id=organization_id,
-        organization_active=row["organization_active"],
-        plan_id=intern(row["plan_id"]),
+        organization_active=organization_active,
+        plan_id=intern(plan_id),
         grants=_grants(permissions),
-        networks=tuple(map(_network, row["allowed_cidrs"])),
-        rate_limit_per_minute=row["rate_limit_per_minute"],
-        active=row["active"],
-        revoked=row["revoked"],
+        networks=tuple(map(_network, cidrs)) if cidrs else (),
+        rate_limit_per_minute=rate_limit_per_minute,
+        active=active,
+        revoked=revoked,
         # The one infinity, where there is none: of a million records each would have its own.
         expire_s=expire_s if math.isfinite(expire_s) else math.inf,
         secret_end_s=secret_end_s if math.isfinite(secret_end_s) else math.inf,
-        shown=show(
-            KeyIdentity(
-                key_id=row["key_id"],
-                organization_id=organization_id,
-                user_id=row["user_id"],
-                user_email=row["user_email"],
-                key_name=row["key_name"],
-                key_type=_KEY_TYPES[row["key_type"]],
-                environment=_ENVIRONMENTS[row["environment"]],
-                permissions=permissions,
-                create_s=row["create_s"],
-                end_s=min(expire_s, secret_end_s),
-                metadata=_read_json(row["metadata"])[0] if row["metadata"] != "{}" else {},
-            )
-        ),
+        shown=show(shown),
     )
 
 
