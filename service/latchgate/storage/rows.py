@@ -86,41 +86,36 @@ def _grants(permissions: tuple[str, ...]) -> Grants:
 
 
 def key_record(row: Row, show: Show) -> KeyRecord:
-    """Reads what validation needs of a secret. What many keys have in common they share.
-
-    Written for speed, as each lookup waits for it: columns are taken all at once, in their order in SECRET_FIND.
-    """
-    (
-        _, _, _, secret_id, key_id, organization_id, organization_active, plan_id, name, key_type, environment,
-        permissions, cidrs, rate_limit_per_minute, active, revoked, expire_s, secret_end_s, create_s, user_id, email,
-        metadata,
-    ) = row  # fmt: skip
-    permissions = tuple(permissions)
-    organization_id = intern(organization_id)
+    """Reads what validation needs of a secret. What many keys have in common they share."""
+    key_id, organization_id = row["key_id"], intern(row["organization_id"])
+    permissions = tuple(row["permissions"])
+    cidrs, metadata = row["allowed_cidrs"], row["metadata"]
+    expire_s, secret_end_s = row["expire_s"], row["secret_end_s"]
+    # By their places: each lookup waits for this, and names cost time.
     shown = KeyIdentity(
         key_id,
         organization_id,
-        user_id,
-        email,
-        name,
-        _KEY_TYPES[key_type],
-        _ENVIRONMENTS[environment],
+        row["user_id"],
+        row["user_email"],
+        row["key_name"],
+        _KEY_TYPES[row["key_type"]],
+        _ENVIRONMENTS[row["environment"]],
         permissions,
-        create_s,
+        row["create_s"],
         min(expire_s, secret_end_s),
         {} if metadata == "{}" else _read_json(metadata)[0],
     )
     return KeyRecord(
-        secret_id=secret_id,
+        secret_id=row["secret_id"],
         key_id=key_id,
         organization_id=organization_id,
-        organization_active=organization_active,
-        plan_id=intern(plan_id),
+        organization_active=row["organization_active"],
+        plan_id=intern(row["plan_id"]),
         grants=_grants(permissions),
         networks=tuple(map(_network, cidrs)) if cidrs else (),
-        rate_limit_per_minute=rate_limit_per_minute,
-        active=active,
-        revoked=revoked,
+        rate_limit_per_minute=row["rate_limit_per_minute"],
+        active=row["active"],
+        revoked=row["revoked"],
         # The one infinity, where there is none: of a million records each would have its own.
         expire_s=expire_s if math.isfinite(expire_s) else math.inf,
         secret_end_s=secret_end_s if math.isfinite(secret_end_s) else math.inf,
