@@ -109,7 +109,8 @@ class Share:
         if now_s - self.told_s > WINDOW_SLOTS:
             # At least as old is all of it.
             leaves.clear()
-            self._lower(self.permits.used - self.debt)
+            self.used_before -= self.permits.used - self.debt
+            self.permits.used = self.debt
         if self.layers:
             self.settle(now_s)
 
@@ -122,6 +123,12 @@ class Share:
     def settle(self, now_s: float) -> None:
         """Finds out of which grants the permits are that are left; those that have expired are to be given back."""
         layers, used_up = self.layers, -self.permits.left
+        if len(layers) == 1 and layers[0].slot == _NOWHERE and layers[0].until_s <= now_s:
+            # As below, in short: of most keys nothing else is ever held, and each time they are used it is of the past.
+            layers.clear()
+            self.permits.left = 0
+            self.permits.until_s = NEVER
+            return
         for layer in layers:
             used_up += layer.count
         good = []

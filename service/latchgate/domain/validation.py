@@ -12,7 +12,7 @@ from hashlib import blake2s
 from typing import NamedTuple
 
 from latchgate.domain.errors import InvalidFieldError, LookupBudgetError, RevisionUnknownError
-from latchgate.domain.model import Address, Judgement, KeyRecord, Lookup, Outcome, Verdict
+from latchgate.domain.model import Address, Judgement, KeyRecord, Lookup, Outcome, Rate, Verdict
 from latchgate.domain.ports import KeyMemory, KeyReader, Limiter, SuspicionRecorder, UsageRecorder
 from latchgate.domain.shares import WINDOW_SLOTS
 from latchgate.domain.token import Form, TokenFormat, digest, may_be_token
@@ -188,15 +188,23 @@ class Validator:
         record, now_s = entry.record, local_s + memory.ahead_s
         if record.good_until_s <= now_s or record.networks or not permissions <= record.grants.exact:
             return self._judge(record, now_s, revision, need)
-        rate, limit = None, record.rate_limit_per_minute
+        rate: Rate | None = None
+        limit = record.rate_limit_per_minute
         if limit:
             permits = record.permits
             used = permits.used + cost
             if permits.left < cost or used > limit or permits.until_s <= local_s:
-                return self._judge(record, now_s, revision, need)
-            permits.used = used
-            permits.left -= cost
-            rate = (True, limit, limit - used, WINDOW_SLOTS)
+                rate = self._limiter.take(record.key_id, limit, cost)
+                if rate is None:
+                    return None
+                record.permits = self._limiter.permits(record.key_id)
+                if not rate[0]:
+                    self._usage.refused(record, Outcome.RATE_LIMITED, now_s)
+                    return Outcome.RATE_LIMITED, revision, now_s, record, rate
+            else:
+                permits.used = used
+                permits.left -= cost
+                rate = (True, limit, limit - used, WINDOW_SLOTS)
         uses = record.uses
         if uses.until_s > now_s:
             uses.valid += 1
