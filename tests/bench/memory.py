@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +29,7 @@ from bench.metrics import Scrape  # noqa: E402 - the same
 from bench.page import machine_line, paragraph  # noqa: E402 - the same
 from bench.report import Rows, as_markdown, as_text  # noqa: E402 - the same
 from bench.servers import Fleet  # noqa: E402 - the same
+from latchgate.domain.ratelimit import MAX_KEYS  # noqa: E402 - the same
 
 PAGE = ROOT / "docs" / "memory.md"
 WORKER = "1"
@@ -35,10 +37,18 @@ WORKER = "1"
 WRITTEN_WITHIN_S = 60.0
 
 
+class Kind(Enum):
+    """What keys are measured: a limit has a window in memory as well."""
+
+    LIMITED = "with a rate limit"
+    UNLIMITED = "without"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
     """A worker's resident memory with so many keys in it, and before the first was asked for."""
 
+    kind: Kind
     keys: int
     empty_bytes: float
     rss_bytes: float
@@ -47,12 +57,13 @@ class Held:
 def main() -> int:
     """Runs the benchmark and gives the exit code."""
     parser = argparse.ArgumentParser(prog="make bench-memory", description="Measures what a key takes in memory.")
-    parser.add_argument("--keys", type=counts, default=(1000, 100_000, 500_000), help="(1000,100000,500000)")
+    parser.add_argument("--keys", type=counts, default=(1000, 50_000, 100_000), help="(1000,50000,100000)")
     parser.add_argument("--output", type=Path, help="write the page to this file")
     arguments = parser.parse_args()
     held = command.run(_measure(arguments.keys))
     say(as_text(table(held)))
-    say(finding(held))
+    for kind in Kind:
+        say(finding(held, kind))
     command.write_page(_page(held), arguments.output, PAGE)
     return 0
 
@@ -62,22 +73,22 @@ async def _measure(sizes: Sequence[int]) -> Sequence[Held]:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latchgate-bench-")))
         cluster = await stack.enter_async_context(database.cluster(cores))
-        return [await _hold(cluster, keys, cores, folder) for keys in sizes]
+        return [await _hold(cluster, kind, keys, cores, folder) for kind in Kind for keys in sizes]
 
 
-async def _hold(cluster: Cluster, keys: int, cores: Sequence[int], folder: Path) -> Held:
+async def _hold(cluster: Cluster, kind: Kind, keys: int, cores: Sequence[int], folder: Path) -> Held:
     """Fills a worker's memory with keys, on a database of theirs. Raises BenchError."""
     began_s = time.monotonic()
     settings = {"LATCHGATE_CACHE_KEYS": str(keys)}
-    async with (
-        cluster.seeded(keys, tokens=keys) as seeded,
-        servers.fleet(seeded, 1, cores, folder, settings) as fleet,
-    ):
-        empty_bytes = _rss_bytes(await fleet.scrape())
-        await fleet.warm()
-        rss_bytes = _rss_bytes(await _all_written(fleet))
-    say(f"{keys:,} keys: {rss_bytes / 1e6:.1f} MB, after {time.monotonic() - began_s:.0f} s")
-    return Held(keys=keys, empty_bytes=empty_bytes, rss_bytes=rss_bytes)
+    async with cluster.seeded(keys, tokens=keys) as seeded:
+        if kind is Kind.UNLIMITED:
+            await database.lift_limits(seeded.url)
+        async with servers.fleet(seeded, 1, cores, folder, settings) as fleet:
+            empty_bytes = _rss_bytes(await fleet.scrape())
+            await fleet.warm()
+            rss_bytes = _rss_bytes(await _all_written(fleet))
+    say(f"{keys:,} keys {kind.value}: {rss_bytes / 1e6:.1f} MB, after {time.monotonic() - began_s:.0f} s")
+    return Held(kind=kind, keys=keys, empty_bytes=empty_bytes, rss_bytes=rss_bytes)
 
 
 async def _all_written(fleet: Fleet) -> Scrape:
@@ -94,29 +105,31 @@ def _rss_bytes(scrape: Scrape) -> float:
     return scrape.by("worker", "process_resident_memory_bytes")[WORKER]
 
 
-def bytes_a_key(held: Sequence[Held]) -> float | None:
+def bytes_a_key(held: Sequence[Held], kind: Kind) -> float | None:
     """Gives the slope of memory over keys, by least squares; None for a single number of keys."""
-    if len(held) == 1:
+    points = [(each.keys, each.rss_bytes) for each in held if each.kind is kind]
+    if len(points) == 1:
         return None
-    return statistics.linear_regression([each.keys for each in held], [each.rss_bytes for each in held]).slope
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def finding(held: Sequence[Held]) -> str:
+def finding(held: Sequence[Held], kind: Kind) -> str:
     """Says what a key takes, in a sentence."""
-    slope = bytes_a_key(held)
+    slope = bytes_a_key(held, kind)
     if slope is None:
-        return "What a key takes is not told by a single number of keys."
-    return f"A key in memory takes {slope:,.0f} bytes of a worker's resident memory."
+        return f"What a key {kind.value} takes is not told by a single number of keys."
+    return f"A key in memory {kind.value} takes {slope:,.0f} bytes of a worker's resident memory."
 
 
 def table(held: Sequence[Held]) -> Rows:
     """Gives a row for each number of keys, the head first."""
-    head = ("keys", "RSS before the first, MB", "RSS with all, MB", "grown by, bytes a key")
+    head = ("keys", "", "RSS before the first, MB", "RSS with all, MB", "grown by, bytes a key")
     return [
         head,
         *(
             (
                 f"{each.keys:,}",
+                each.kind.value,
                 f"{each.empty_bytes / 1e6:,.1f}",
                 f"{each.rss_bytes / 1e6:,.1f}",
                 f"{(each.rss_bytes - each.empty_bytes) / each.keys:,.0f}",
@@ -135,15 +148,19 @@ def _page(held: Sequence[Held]) -> str:
         ),
         as_markdown(table(held)),
         paragraph(
-            f"**{finding(held)}** It is the slope of the line of least squares through all rows. With few keys, what a"
-            " worker takes once for its first calls counts for more than the keys."
+            f"**{finding(held, Kind.LIMITED)} {finding(held, Kind.UNLIMITED)}** It is the slope of the line of least"
+            " squares through the rows of each. With few keys, what a worker takes once for its first calls counts for"
+            " more than the keys. Resident memory is all there is: what is held of the key, that it was used, and the"
+            " window of its rate limit, if it has one: of these a worker holds at most"
+            f" {MAX_KEYS:,}, the ones that were used last."
         ),
         paragraph(
             "Each row is one `latchgate serve` with one worker, room for so many keys (`LATCHGATE_CACHE_KEYS`) and else"
             " default settings, on a database of its own. Every key was asked for once by BatchValidate, 100 in a call;"
             " then it was waited until all last uses were written, and `process_resident_memory_bytes` and"
             " `latchgate_memory_keys` were read from the metrics. The keys have three permissions, a user with a mail"
-            " address, two entries of metadata and a rate limit, and 1,000 of them each belong to an organization."
+            " address and two entries of metadata, and 1,000 of them each belong to an organization; those without a"
+            " limit are of a plan that has none."
             " Each worker has a memory of its own."
         ),
         paragraph(machine_line(len(os.sched_getaffinity(0)))),

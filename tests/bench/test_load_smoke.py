@@ -102,17 +102,22 @@ def test_memory_is_measured(postgres_url: str, tmp_path: Path) -> None:
     """Workers with different numbers of keys are measured, and the page says what a key takes."""
     page = _page("memory.py", postgres_url, tmp_path, "--keys", "100,2000")
 
-    assert "| 100 | " in page
-    assert "| 2,000 | " in page
-    assert "A key in memory takes " in page
+    for kind in memory.Kind:
+        assert f"| 100 | {kind.value} | " in page
+        assert f"| 2,000 | {kind.value} | " in page
+        assert f"A key in memory {kind.value} takes " in page
 
 
 def test_slope_of_memory_is_that_of_a_key() -> None:
     """What a worker takes with any number of keys is not counted as theirs."""
-    held = [Held(keys=keys, empty_bytes=1e8, rss_bytes=1.5e8 + 900 * keys) for keys in (1000, 100_000)]
+    held = [
+        Held(kind=kind, keys=keys, empty_bytes=1e8, rss_bytes=1.5e8 + each * keys)
+        for kind, each in zip(memory.Kind, (900, 700), strict=True)
+        for keys in (1000, 100_000)
+    ]
 
-    assert pytest.approx(900) == memory.bytes_a_key(held)
-    assert memory.bytes_a_key(held[:1]) is None
+    assert [pytest.approx(900), pytest.approx(700)] == [memory.bytes_a_key(held, kind) for kind in memory.Kind]
+    assert memory.bytes_a_key(held[:1], memory.Kind.LIMITED) is None
 
 
 @pytest.mark.parametrize("kind", Kind)
