@@ -360,6 +360,39 @@ def test_standing_permits() -> None:
     assert told >= bench.used
 
 
+def test_standing_permits_of_a_window_that_is_over_are_gone() -> None:
+    """In each window of the clock's there are as many, whatever was left of those before; and calls count in them."""
+    clock = ManualClock(1000.25)
+    allotments = Allotments(clock, 2, stands_after_s=0.0)
+    for _ in range(3):
+        assert RateState(allowed=True, limit=6000, remaining=5999, reset_after_s=62) == allotments.take(KEY, 6000, 1)
+        permits = allotments.permits(KEY)
+        assert 100 - 1 == permits.left
+        assert clock() < permits.until_s <= clock() + WINDOW_SLOTS
+        clock.advance(WINDOW_SLOTS)
+
+
+def test_permits_end_no_later_for_standing_ones_beside_them() -> None:
+    """Of permits of several grants all are counted in until the first of them ends."""
+    bench = Bench(limit=1000)
+    bench.others_take(500)
+    bench.need(5)
+    assert bench.allotments.permits(KEY).left == 5
+    assert bench.take(600) is None
+    permits = bench.allotments.permits(KEY)
+    assert (5 + 16, bench.clock() + LIFE_S) == (permits.left, permits.until_s)
+
+
+def test_what_has_left_the_window_is_no_demand() -> None:
+    """How much is asked for ahead is told from what was used since, not from what is forgotten."""
+    share = Share(KEY, 1000.25)
+    share.permits.used = share.used_before = 6
+    share.debt = 1
+    share.told_s = 1000.25
+    share.age(1000.25 + WINDOW_SLOTS + 1)
+    assert (1, 1) == (share.permits.used, share.used_before)
+
+
 def test_permits_of_a_key_that_is_forgotten_admit_nothing() -> None:
     """Whoever still has what a key was counted in finds nothing left in it once the key is forgotten: counted anew, it
     is given what it may use all over.

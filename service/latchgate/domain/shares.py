@@ -127,7 +127,6 @@ class Share:
             # As below, in short: of most keys nothing else is ever held, and each time they are used it is of the past.
             layers.clear()
             self.permits.left = 0
-            self.permits.until_s = NEVER
             return
         for layer in layers:
             used_up += layer.count
