@@ -140,21 +140,25 @@ class _Calls(Collector):
         buckets[bisect_left(_SECONDS, seconds)] += 1
         self._sums[method] += seconds
 
+    def describe(self) -> Iterable[Metric]:
+        """Says what there is, without any figures."""
+        return _calls_family(), _durations_family()
+
     def collect(self) -> Iterable[Metric]:
         """Shows them."""
         counts = self._counts.copy()
         buckets = {method: list(each) for method, each in tuple(self._buckets.items())}
         sums = self._sums.copy()
-        for method, tally in self._tallies.items():
+        for method, tally in tuple(self._tallies.items()):
             if tally.quick:
                 counts[method, "OK"] = counts.get((method, "OK"), 0) + tally.quick
                 buckets.setdefault(method, _no_buckets())[0] += tally.quick
                 sums[method] = sums.get(method, 0.0) + tally.seconds
-        calls = CounterMetricFamily("latchgate_calls", "Calls by method and gRPC status.", labels=["method", "code"])
+        calls = _calls_family()
         for labels, count in counts.items():
             calls.add_metric(labels, count)
         yield calls
-        durations = HistogramMetricFamily("latchgate_call_seconds", "Time to answer a call.", labels=["method"])
+        durations = _durations_family()
         bounds = [*map(str, _SECONDS), "+Inf"]
         for method, each in buckets.items():
             durations.add_metric([method], list(zip(bounds, accumulate(each), strict=True)), sums[method])
@@ -165,20 +169,36 @@ def _no_buckets() -> list[int]:
     return [0] * (len(_SECONDS) + 1)
 
 
+def _calls_family() -> CounterMetricFamily:
+    return CounterMetricFamily("latchgate_calls", "Calls by method and gRPC status.", labels=["method", "code"])
+
+
+def _durations_family() -> HistogramMetricFamily:
+    return HistogramMetricFamily("latchgate_call_seconds", "Time to answer a call.", labels=["method"])
+
+
+def _outcomes_family() -> CounterMetricFamily:
+    return CounterMetricFamily("latchgate_outcomes", "Tokens judged, by outcome.", labels=["outcome"])
+
+
 class _Outcomes(Collector):
     """Outcomes, counted as calls are."""
 
     def __init__(self, tallies: Mapping[str, _Recalled]) -> None:
-        """Takes where VALID is counted for tokens that were in memory."""
+        """Takes where else VALID is counted, by method."""
         self._tallies = tallies
         self.counts = dict.fromkeys(Outcome, 0)
 
+    def describe(self) -> Iterable[Metric]:
+        """Says what there is, without any figures."""
+        return (_outcomes_family(),)
+
     def collect(self) -> Iterable[Metric]:
         """Shows them."""
-        family = CounterMetricFamily("latchgate_outcomes", "Tokens judged, by outcome.", labels=["outcome"])
+        family = _outcomes_family()
+        tallied = sum(tally.valid for tally in tuple(self._tallies.values()))
         for outcome, count in self.counts.items():
-            recalled = sum(tally.valid for tally in self._tallies.values()) if outcome is Outcome.VALID else 0
-            family.add_metric([outcome.name], count + recalled)
+            family.add_metric([outcome.name], count + tallied if outcome is Outcome.VALID else count)
         yield family
 
 

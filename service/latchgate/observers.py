@@ -18,10 +18,10 @@ class OutcomeObserver(Protocol):
 
 
 class Tally(Protocol):
-    """Counts calls of one method that were answered from memory, and the VALID answers among them.
+    """Counts calls of one method that were answered from memory, and its answers of VALID wherever they were found.
 
-    Counted in place, because a call of Python's for each would cost more than the counting. `quick` counts those that
-    took less than `quick_s` seconds, and `seconds` sums the time of these. `valid` counts what was VALID of all.
+    Counted in place, because a call of Python's for each would cost more than the counting. `quick` counts the former
+    that took less than `quick_s` seconds, and `seconds` sums the time of these; `valid` counts the latter.
     """
 
     quick_s: float

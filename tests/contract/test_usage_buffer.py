@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from latchgate.domain.errors import StorageUnavailableError, WriteUnknownError
-from latchgate.domain.model import KeyRecord
+from latchgate.domain.model import NO_USES, KeyRecord
 from latchgate.storage import usage as usage_module
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.stores import PostgresStore
@@ -347,7 +347,8 @@ async def test_uses_that_are_counted_in_place_are_written_once(
     database: Database, store: PostgresStore, observer: Connection
 ) -> None:
     """What is counted in what `used` gave is written with the rest; from a flush on, or an hour's end, it says that no
-    more is to be counted in it. It does not hold the record, which memory may let go before it is written.
+    more is to be counted in it, and the record does not hold it any more. It never holds the record, which memory may
+    let go before it is written.
     """
     (secret_id,) = await _secrets(store, observer, 1)
     usage = UsageBuffer(database)
@@ -362,6 +363,7 @@ async def test_uses_that_are_counted_in_place_are_written_once(
     await usage.flush()
 
     assert uses.until_s < NOON_S
+    assert record.uses is NO_USES
     assert [NOON + SECOND] == await _times(observer)
     assert 3 == await observer.fetchval("SELECT sum(count) FROM usage_by_secret")
     again = usage.used(of(secret_id), NOON_S + 2)

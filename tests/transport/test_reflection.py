@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from typing import Any, cast
+import threading
+from typing import Any, Final, cast
 
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from support.service import RunningService
-from support.transport import METHODS, SERVICES, grpcurl
+from support.transport import DEADLINE_S, METHODS, SERVICES, grpcurl
+
+MAX_THREADS: Final = 32
+"""Of asyncio's own, on any machine."""
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -129,3 +134,18 @@ async def test_refusal_is_shown_with_its_details(shared_service: RunningService)
     assert "Code: InvalidArgument" in called.err
     assert '"reason":"INVALID_FIELD"' in called.err.replace(" ", "")
     assert '"field":"key_id"' in called.err.replace(" ", "")
+
+
+async def test_open_streams_take_no_threads(shared_service: RunningService) -> None:
+    """Whoever asks, and stays, keeps nobody else from asking: no stream takes a thread, of which there are few."""
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(cast("Any", shared_service.channel))
+    threads = threading.active_count()
+    streams = [stub.ServerReflectionInfo() for _ in range(2 * MAX_THREADS)]
+    for stream in streams:
+        await stream.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    async with asyncio.timeout(DEADLINE_S):
+        answers = [await stream.read() for stream in streams]
+    assert all(answer.list_services_response.service for answer in answers)
+    assert threads == threading.active_count()
+    for stream in streams:
+        stream.cancel()

@@ -185,7 +185,7 @@ def test_every_outcome_is_counted_as_what_it_is(outcome: Outcome) -> None:
         answer = recall.answer(pb.ValidateRequest(token=TOKEN).SerializeToString(), CAME_S)
         assert isinstance(answer, bytes)
         assert f"OUTCOME_{outcome.name}" == pb.Outcome.Name(pb.ValidateResponse.FromString(answer).outcome)
-    # Twice: what was handed on once is not handed on again.
+    # Twice: to read it changes nothing.
     for _ in range(2):
         counted = {
             sample.labels["outcome"]: sample.value

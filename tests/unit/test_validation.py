@@ -1300,23 +1300,23 @@ steps = st.lists(
 
 @given(steps=steps, limit=st.sampled_from([0, 30, 600, 1200]))
 async def test_counting_in_place_comes_to_the_same(steps: list[tuple[str, float]], limit: int) -> None:
-    """Over any time, what is recalled is admitted and charged like what the limiter is asked for each time."""
+    """Over any time, what is recalled is judged, charged and noted as by the rules for all that memory can not say."""
     clock, memory_clock = ManualClock(), ManualClock()
     record, other = (replace(RECORD, networks=(), rate_limit_per_minute=limit) for _ in range(2))
     worlds = [Allotments(clock, 4, stands_after_s=0), Allotments(clock, 4, stands_after_s=0)]
-    scene = Scene()
+    scene, usages = Scene(), (MemoryUsage(), MemoryUsage())
     recalling, asking = (
         Validator(
             tokens=TOKENS,
             keys=scene.reader,
             memory=scene.memory,
             limiter=CountedShares(world),
-            usage=scene.usage,
+            usage=usage,
             foreign=scene.foreign,
             patience=Patience(clock),
             suspicion=scene.suspicion,
         )
-        for world in worlds
+        for world, usage in zip(worlds, usages, strict=True)
     )
     scene.memory.clock = memory_clock
     for kind, number in steps:
@@ -1324,9 +1324,9 @@ async def test_counting_in_place_comes_to_the_same(steps: list[tuple[str, float]
             clock.advance(number)
             memory_clock.advance(number)
             continue
+        need = Need.of(NEEDED, "", int(number), 0)
         scene.memory.known = Lookup(record, NOW_S, REVISION)
-        recalled = recall(recalling, Need.of(NEEDED, "", int(number), 0))
-        other.permits = NO_PERMITS
-        scene.memory.known = Lookup(other, NOW_S, REVISION)
-        asked = recall(asking, Need.of(NEEDED, "", int(number), 0))
-        assert recalled == asked
+        recalled = recall(recalling, need)
+        assert asking._judge(other, NOW_S, REVISION, need) == recalled  # noqa: SLF001 - the rules, as they are written
+    noted, recorded = usages
+    assert (recorded.recorded, recorded.refusals) == (noted.recorded, noted.refusals)

@@ -325,7 +325,7 @@ NO_PERMITS: Final = Permits()
 NO_USES: Final = Uses(-math.inf)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, weakref_slot=True)
 class KeyRecord:
     """What validation needs of one secret, its key, organization and plan. Made once, when it is loaded.
 

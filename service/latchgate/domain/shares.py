@@ -122,12 +122,14 @@ class Share:
 
     def settle(self, now_s: float) -> None:
         """Finds out of which grants the permits are that are left; those that have expired are to be given back."""
-        layers, used_up = self.layers, -self.permits.left
+        layers = self.layers
         if len(layers) == 1 and layers[0].slot == _NOWHERE and layers[0].until_s <= now_s:
             # As below, in short: of most keys nothing else is ever held, and each time they are used it is of the past.
             layers.clear()
             self.permits.left = 0
+            self.permits.until_s = NEVER
             return
+        used_up = -self.permits.left
         for layer in layers:
             used_up += layer.count
         good = []

@@ -132,7 +132,7 @@ def _hmac_states(key: bytes) -> tuple[hashlib._Hash, hashlib._Hash]:
 
 def _base62(number: int) -> str:
     """Writes a 64-bit number in TAG_LENGTH base62 digits."""
-    # Without a loop, as each lookup waits for it: of its eleven digits ten are five pairs.
+    # Without a loop, as each lookup waits for it: ten of the eleven digits are five pairs, of which there are 62 * 62.
     number, fifth = divmod(number, 3844)
     number, fourth = divmod(number, 3844)
     number, third = divmod(number, 3844)

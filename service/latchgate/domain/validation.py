@@ -172,8 +172,8 @@ class Validator:
 
         This is what nearly all calls are answered by, so it is written for speed: under load each step costs several
         times what it costs in a loop of its own. It is found in one piece, as KeyMemory.find would; a key against which
-        there is nothing to say is judged so as well, by the rules of `_judge`, and counted as Limiter.take and
-        UsageRecorder.used would.
+        there is nothing to say but for its limit is judged so as well, by the rules of `_judge`, and counted as
+        Limiter.take and UsageRecorder.used would, or by these where it can not be in place.
         """
         permissions, _, cost, min_revision = need
         memory = self._memory

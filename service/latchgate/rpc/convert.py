@@ -349,7 +349,11 @@ def unused_message(
 def identity(key: KeyIdentity) -> bytes:
     """Writes what a ValidateResponse shows of a key."""
     message = key_service_pb2.ValidateResponse(
-        key_id=key.key_id, user_id=key.user_id, user_email=key.user_email, key_name=key.key_name
+        key_id=key.key_id,
+        organization_id=key.organization_id,
+        user_id=key.user_id,
+        user_email=key.user_email,
+        key_name=key.key_name,
     )
     _set_seconds(message.create_time, key.create_s)
     if key.end_s != math.inf:
@@ -357,17 +361,13 @@ def identity(key: KeyIdentity) -> bytes:
     metadata = message.metadata
     for name, value in key.metadata.items():
         metadata[name] = value
-    common = _common_identity(key.organization_id, key.key_type, key.environment, key.permissions)
-    return message.SerializeToString() + common
+    return message.SerializeToString() + _kind(key.key_type, key.environment, key.permissions)
 
 
 @lru_cache(maxsize=10_000)
-def _common_identity(
-    organization_id: str, key_type: KeyType, environment: Environment, permissions: tuple[str, ...]
-) -> bytes:
+def _kind(key_type: KeyType, environment: Environment, permissions: tuple[str, ...]) -> bytes:
     """Writes what many keys have in common: written once, it is a part of the message of each."""
     return key_service_pb2.ValidateResponse(
-        organization_id=organization_id,
         key_type=_KEY_TYPE[key_type],
         environment=_ENVIRONMENT[environment],
         permissions=permissions,

@@ -14,7 +14,7 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from apikeys.v1 import (
     audit_service_pb2,
@@ -203,15 +203,19 @@ def make_server(*, pipeline: Pipeline, connection_age_s: float, shares_port: boo
     )
     served = [service.full_name for service in SERVICES]
     health_servicer = Health(served)
-    names = [*served, health.SERVICE_NAME, reflection.SERVICE_NAME]
+    # Not by enable_server_reflection, which gives any other server than grpc's own one that needs threads.
+    reflection_servicer = reflection.aio.ReflectionServicer(
+        [*served, health.SERVICE_NAME, reflection.SERVICE_NAME],
+        pool=cast("descriptor_pool.DescriptorPool", _ReflectionPool()),
+    )
     servers = []
     for _ in range(SERVERS if shares_port else 1):
         server = grpc.aio.server(options=[*options(connection_age_s), ("grpc.so_reuseport", int(shares_port))])
         server.add_generic_rpc_handlers(handlers)
         unregistered = cast("grpc.aio.Server", _Unregistered(server))
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, unregistered)
-        reflection.enable_server_reflection(
-            names, unregistered, cast("descriptor_pool.DescriptorPool", _ReflectionPool())
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]  # has no stubs
+            reflection_servicer, unregistered
         )
         servers.append(server)
     return RpcServer(servers=servers, health=health_servicer)

@@ -11,6 +11,7 @@ from itertools import islice
 from math import ceil
 from typing import Final
 from uuid import UUID, uuid4
+from weakref import ref
 
 from latchgate.domain.model import NO_USES, KeyRecord, Outcome, Uses
 from latchgate.storage import queries, queries_outbox, queries_usage
@@ -46,16 +47,21 @@ _VALID_NUMBER: Final = OUTCOME_NUMBERS[Outcome.VALID]
 class _Uses(Uses):
     """What was answered about one secret in one hour: how often VALID, when last, and how often what else."""
 
-    __slots__ = ("organization_id", "refused")
+    __slots__ = ("organization_id", "record", "refused")
 
     def __init__(self, organization_id: str, until_s: float) -> None:
         super().__init__(until_s)
         self.organization_id = organization_id
+        # Whose answers are counted here in place, for as long as memory holds it.
+        self.record: ref[KeyRecord] | None = None
         self.refused: Counter[Outcome] | None = None
 
     def close(self) -> None:
-        """Has what comes from now on counted elsewhere."""
+        """Has what comes from now on counted elsewhere. A record that is held for long does not hold this, too."""
         self.until_s = NO_USES.until_s
+        record = self.record() if self.record is not None else None
+        if record is not None and record.uses is self:
+            record.uses = NO_USES
 
     def counts(self) -> Sequence[tuple[int, int]]:
         """Gives pairs of an outcome's number and how often it was answered, by the number."""
@@ -114,7 +120,9 @@ class UsageBuffer:
 
         Gives what the next ones can be counted in.
         """
-        return self._used(record.secret_id, record.organization_id, now_s)
+        uses = self._used(record.secret_id, record.organization_id, now_s)
+        uses.record = ref(record)
+        return uses
 
     def used_secret(self, secret_id: int, organization_id: str, now_s: float) -> None:
         """Takes note of a use that was no answer of Validate, as `used` does."""
