@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from typing import Any, Final, cast
 
 import pytest
@@ -137,15 +136,13 @@ async def test_refusal_is_shown_with_its_details(shared_service: RunningService)
 
 
 async def test_open_streams_take_no_threads(shared_service: RunningService) -> None:
-    """Whoever asks, and stays, keeps nobody else from asking: no stream takes a thread, of which there are few."""
+    """Whoever asks, and stays, keeps nobody else from asking: no stream takes one of the threads, which are few."""
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(cast("Any", shared_service.channel))
-    threads = threading.active_count()
     streams = [stub.ServerReflectionInfo() for _ in range(2 * MAX_THREADS)]
     for stream in streams:
         await stream.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     async with asyncio.timeout(DEADLINE_S):
         answers = [await stream.read() for stream in streams]
     assert all(answer.list_services_response.service for answer in answers)
-    assert threads == threading.active_count()
     for stream in streams:
         stream.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -65,6 +66,13 @@ def test_times_are_shown_in_buckets(metrics: Metrics) -> None:
 def test_reading_counts_nothing(metrics: Metrics) -> None:
     """Whoever reads twice reads the same."""
     assert shown(metrics) == shown(metrics)
+
+
+@pytest.mark.parametrize("name", ["latchgate_calls_total", "latchgate_call_seconds_count", "latchgate_outcomes_total"])
+def test_each_can_be_asked_for_by_its_name(metrics: Metrics, name: str) -> None:
+    """`/metrics?name[]=NAME` shows that and nothing else."""
+    asked: Any = metrics.registry.restricted_registry([name])
+    assert {name} == {sample.name for family in asked.collect() for sample in family.samples}
 
 
 def test_methods_answered_from_memory_alone_are_shown() -> None:

@@ -60,7 +60,7 @@ class _Uses(Uses):
         """Has what comes from now on counted elsewhere. A record that is held for long does not hold this, too."""
         self.until_s = NO_USES.until_s
         record = self.record() if self.record is not None else None
-        if record is not None and record.uses is self:
+        if record is not None:
             record.uses = NO_USES
 
     def counts(self) -> Sequence[tuple[int, int]]:
