@@ -28,6 +28,7 @@ from bench.page import machine_line, paragraph  # noqa: E402 - the same
 from bench.report import Rows, as_markdown, as_text, spread  # noqa: E402 - the same
 from bench.rounds import check_sizes  # noqa: E402 - the same
 from bench.servers import Service, Source, Target  # noqa: E402 - the same
+from latchgate.limiting import SETTLE_S  # noqa: E402 - the same
 from latchgate.rpc.server import SERVERS  # noqa: E402 - the same
 
 PAGE = ROOT / "docs" / "settings.md"
@@ -182,13 +183,13 @@ class _Comparison:
         return used_s * 1e6 / burst.succeeded
 
 
-async def _handler_us(service: Service) -> float:
-    """Gives the mean time of all that the service has answered since it was started."""
+async def _handled(service: Service) -> tuple[float, float]:
+    """Gives how many seconds the service has taken for calls of Validate, and for how many."""
     scrape = await Scrape.read(service.metrics_port)
     seconds, count = (
         scrape.total(f"latchgate_call_seconds_{each}", method="KeyService/Validate") for each in ("sum", "count")
     )
-    return seconds * 1e6 / count
+    return seconds, count
 
 
 async def _measure(rounds: int, seconds: float, layout: Layout, rng: random.Random) -> list[Cost]:
@@ -206,9 +207,13 @@ async def _measure(rounds: int, seconds: float, layout: Layout, rng: random.Rand
                     servers.service(seeded, Source.MEMORY, layout.server, folder)
                 )
                 await service.warm()
+                # Before that calls wait for permits that the worker has none of yet.
+                await asyncio.sleep(SETTLE_S)
+                before_s, before = await _handled(service)
                 answer, bodies = service.answer, service.bodies
                 await comparison.run([await comparison.noop(running, answer, BASE), service], bodies, [cost])
-                cost.handler_us.append(await _handler_us(service))
+                after_s, after = await _handled(service)
+                cost.handler_us.append((after_s - before_s) * 1e6 / (after - before))
         for group in GROUPS:
             async with AsyncExitStack() as running:
                 targets = [await comparison.noop(running, answer, each) for each in (BASE, *group)]
