@@ -160,10 +160,14 @@ class Fleet(Target):
         """Reads all that its workers tell. Raises OSError if it does not answer."""
         return await Scrape.read(self.metrics_port)
 
+    async def ask(self, tokens: Sequence[str]) -> None:
+        """Asks one of its workers for tokens, once for each."""
+        await _ask_for_all(self.address, tokens)
+
     async def warm(self) -> None:
         """Asks every worker for every token, over as many connections as that takes. Raises BenchError."""
         for _ in range(MAX_WARMING):
-            await _ask_for_all(self.address, self.seeded.tokens)
+            await self.ask(self.seeded.tokens)
             held = (await self.scrape()).by("worker", "latchgate_memory_keys")
             if len(held) == self.workers and min(held.values()) >= len(self.seeded.tokens):
                 return
