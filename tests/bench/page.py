@@ -75,9 +75,9 @@ def _method(plan: Plan, results: Results) -> Iterator[str]:
     yield (
         f"**Load**: {plan.processes} processes of `h2load`, each with one connection and one request at a time. h2load"
         " sends one body for ever, but reads it anew from its file for each request, and every"
-        f" {TURN_S * 1000:g} ms each file is given another token: drawn at random from those of"
-        f" {max(results.tokens.values()):,} keys that lie evenly among all, or of all keys where there are fewer: so a"
-        " larger database is one of which more keys are in use as well."
+        f" {TURN_S * 1000:g} ms each file is given another token: drawn at random from those of {plan.in_use:,} keys"
+        " that lie evenly among all, or of all keys where there are fewer, so that nothing but the number of keys in"
+        " the database changes. Servers by whose names more are in use are asked for as many."
         + (f" By the last uses in the database, {asked} keys were asked for." if asked else "")
     )
     yield (

@@ -85,15 +85,23 @@ def findings(results: Results) -> list[str]:
         said.append(at_least(f"Validate from {name}, over the no-op", ratios, RATIO_WANTED[source]))
     for source in Source:
         several = [name for name in results.keys if results.sources[name] is source and results.keys[name] > 1]
-        if len(several) > 1:
-            pairs = zip(_turns(results, several[0]), _turns(results, several[-1]), strict=True)
-            flatness = [many.ratio / few.ratio for few, many in pairs]
-            said.append(at_least(f"From {several[-1]} over {several[0]}", flatness, FLATNESS_WANTED[source]))
+        alike = [name for name in several if results.in_use[name] <= results.in_use[several[0]]]
+        if len(alike) > 1:
+            flatness = _over(results, alike[-1], alike[0])
+            said.append(at_least(f"From {alike[-1]} over {alike[0]}", flatness, FLATNESS_WANTED[source]))
+        if several[len(alike) :]:
+            said.append(
+                f"From {several[-1]}, over {alike[-1]}: {spread(_over(results, several[-1], alike[-1]), '.2f')}."
+            )
     names = [name for name, source in results.sources.items() if source is Source.MEMORY]
-    pairs = zip(_turns(results, names[0]), _turns(results, PLAIN), strict=True)
-    gain = [validate.ratio / plain.ratio for validate, plain in pairs]
-    said.append(at_least(f"Validate from {names[0]}, over the {PLAIN}", gain, GAIN_WANTED))
+    said.append(at_least(f"Validate from {names[0]}, over the {PLAIN}", _over(results, names[0], PLAIN), GAIN_WANTED))
     return said
+
+
+def _over(results: Results, one: str, other: str) -> list[float]:
+    """Compares the ratios of two servers, round by round."""
+    pairs = zip(_turns(results, one), _turns(results, other), strict=True)
+    return [first.ratio / second.ratio for first, second in pairs]
 
 
 def at_least(what: str, values: Sequence[float], wanted: float) -> str:

@@ -32,6 +32,7 @@ class Plan:
     rounds: int
     seconds: float
     processes: int
+    in_use: int
     seed: int
 
 
@@ -89,7 +90,7 @@ class Results:
     answer_bytes: int
     database_bytes: dict[int, int]
     distinct_keys: dict[int, int]
-    tokens: dict[int, int]
+    in_use: dict[str, int]
     postgres_version: str
     shared_buffers: str
     is_embedded: bool
@@ -114,8 +115,15 @@ async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
         services: list[Service] = []
         for each in databases:
             async with AsyncExitStack() as running:
+                # As many keys in use with any number of them; and, where that is the most, more as well.
+                in_use = {plan.in_use: ""}
+                if each is databases[-1] and len(each.tokens) > plan.in_use:
+                    in_use[len(each.tokens)] = f", {len(each.tokens):,} in use"
                 own = [
-                    await running.enter_async_context(servers.service(each, source, layout.server, folder))
+                    await running.enter_async_context(
+                        servers.service(each, source, layout.server, folder, in_use=count, beside=beside)
+                    )
+                    for count, beside in in_use.items()
                     for source in Source
                     # A single key is in a memory of any size.
                     if source is Source.MEMORY or each.keys > 1
@@ -139,7 +147,7 @@ async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
             database_bytes={each.keys: each.size_bytes for each in databases},
             # A service that stops writes the last uses that it still holds.
             distinct_keys={each.keys: await database.distinct_keys_used(each.url) for each in databases},
-            tokens={each.keys: len(each.tokens) for each in databases},
+            in_use={each.name: len(each.tokens) for each in services},
             postgres_version=await cluster.version(),
             shared_buffers=await cluster.setting("shared_buffers"),
             is_embedded=cluster.is_embedded,

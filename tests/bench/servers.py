@@ -18,7 +18,7 @@ import grpc
 
 from apikeys.v1 import key_service_pb2 as pb
 from apikeys.v1.key_service_pb2_grpc import KeyServiceStub
-from bench.database import TAG_KEY, Seeded
+from bench.database import MAX_TOKENS, TAG_KEY, Seeded
 from bench.machine import BenchError, free_port, pinned
 from bench.metrics import Scrape
 
@@ -84,9 +84,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service(Target):
-    """The service on one database, and a body for each token that is known."""
+    """The service on one database, and the tokens that it is asked for, with a body for each."""
 
     source: Source
+    tokens: Sequence[str]
     metrics_port: int
     seeded: Seeded
     bodies: Sequence[bytes]
@@ -97,7 +98,7 @@ class Service(Target):
 
     async def warm(self) -> None:
         """Asks for every token once, so that a service that answers from memory has it there."""
-        await _ask_for_all(self.address, self.seeded.tokens)
+        await _ask_for_all(self.address, self.tokens)
 
     async def written(self) -> None:
         """Waits until it has written how keys were used. Raises BenchError if it does not come to an end."""
@@ -191,21 +192,30 @@ async def _ask(channel: grpc.aio.Channel, token: str) -> pb.ValidateResponse:
 
 @asynccontextmanager
 async def service(
-    seeded: Seeded, source: Source, core: int, folder: Path, settings: Mapping[str, str] | None = None
+    seeded: Seeded,
+    source: Source,
+    core: int,
+    folder: Path,
+    settings: Mapping[str, str] | None = None,
+    *,
+    in_use: int = MAX_TOKENS,
+    beside: str = "",
 ) -> AsyncIterator[Service]:
     """Runs `latchgate serve` with its own defaults, but for these settings, and one worker, until the block ends.
 
-    One that is to look up every token has room for a single one in its memory.
+    One that is to look up every token has room for a single one in its memory. Of all tokens `in_use` are asked for,
+    evenly spread; its name says so if that is said in `beside`.
     """
+    tokens = seeded.tokens[:: max(1, len(seeded.tokens) // in_use)][:in_use]
     port, metrics_port = free_port(), free_port()
     environment = _environment(seeded, port, metrics_port, workers=1) | dict(settings or {})
     if source is Source.DATABASE:
         environment["LATCHGATE_CACHE_KEYS"] = "1"
-    log = folder / f"service-{seeded.keys}-{source.value}.log"
+    log = folder / f"service-{seeded.keys}-{source.value}-{len(tokens)}.log"
     async with _process(["-m", "latchgate", "serve"], cores=[core], environment=environment, log=log) as process:
         answer = await _first_answer(process, port, next(iter(seeded.sample)), log)
         yield Service(
-            name=f"{source.value}, {seeded.keys:,} {'key' if seeded.keys == 1 else 'keys'}",
+            name=f"{source.value}, {seeded.keys:,} {'key' if seeded.keys == 1 else 'keys'}{beside}",
             source=source,
             # What serves is the worker.
             pid=_child(process.pid),
@@ -213,7 +223,8 @@ async def service(
             answer=answer,
             metrics_port=metrics_port,
             seeded=seeded,
-            bodies=[body(token) for token in seeded.tokens],
+            tokens=tokens,
+            bodies=[body(token) for token in tokens],
         )
 
 

@@ -19,7 +19,7 @@ import pytest
 from bench.machine import pinned
 
 RUN = Path(__file__).with_name("run.py")
-SMALLEST = ("--rounds", "1", "--seconds", "0.4", "--keys", "200,1000", "--processes", "4")
+SMALLEST = ("--rounds", "1", "--seconds", "0.4", "--keys", "200,1000", "--in-use", "200", "--processes", "4")
 
 needs_h2load = pytest.mark.skipif(
     shutil.which("h2load") is None,
@@ -83,12 +83,20 @@ async def test_a_run_writes_a_page_and_leaves_nothing_behind(postgres_url: str, 
 
     assert ("", 0) == (complaints, process.returncode)
     page = output.read_text()
-    for name in ("memory, 200 keys", "memory, 1,000 keys", "database, 200 keys", "database, 1,000 keys"):
+    for name in (
+        "memory, 200 keys",
+        "memory, 1,000 keys",
+        "memory, 1,000 keys, 1,000 in use",
+        "database, 200 keys",
+        "database, 1,000 keys",
+        "database, 1,000 keys, 1,000 in use",
+    ):
         assert f"\n| {name} | " in page
         assert f"round 1  {name:26}" in said
     for finding in (
         "Validate from memory, 200 keys, over the no-op: ",
         "From memory, 1,000 keys over memory, 200 keys: ",
+        "From memory, 1,000 keys, 1,000 in use, over memory, 1,000 keys: ",
         "Validate from memory, 200 keys, over the no-op on default grpc.aio: ",
     ):
         assert finding in " ".join(page.split())
