@@ -285,20 +285,21 @@ async def test_lock_shows_what_its_last_holder_left(store: PostgresStore, observ
         assert held is not None
         waiting_for_organization = await started_and_waiting(observer, organization())
         organization_left = await transaction.save_organization(replace(held, plan_id="large", active=False))
+    # Before anything else is changed: it is read once the lock is had.
+    assert organization_left == await waiting_for_organization
     async with store.transaction() as transaction:
         held_key = await transaction.lock_key(key.id)
         assert held_key is not None
         waiting_for_key = await started_and_waiting(observer, locked_key())
         key_left = await transaction.save_key(replace(held_key, name="renamed"), 1)
+    key_found = await waiting_for_key
+    assert key_found is not None
+    assert key_left == replace(key_found, read_time=key_left.read_time)
     async with store.transaction() as transaction:
         await transaction.lock_plan("large")
         waiting_for_plan = await started_and_waiting(observer, plan())
         plan_left = await transaction.save_plan(replace(large, max_keys=6000))
 
-    assert organization_left == await waiting_for_organization
-    key_found = await waiting_for_key
-    assert key_found is not None
-    assert key_left == replace(key_found, read_time=key_left.read_time)
     assert plan_left == await waiting_for_plan
 
 
