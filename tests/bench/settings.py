@@ -61,7 +61,7 @@ METHOD = (
         " into by grpc at every call."
     ),
     paragraph(
-        "Methods that are registered with grpc's core, as generated code does, cost every call something, Validate's"
+        "Methods that are registered with grpc's core, as generated code does, cost every call a little, Validate's"
         " too: for each of them grpc.aio asks for one more call, and each time one comes it goes over all that it has"
         " asked for. So those of health and reflection are found by their names alone."
     ),
