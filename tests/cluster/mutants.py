@@ -53,13 +53,13 @@ def row_cached_without_the_guard() -> None:
 def joins_a_sent_statement() -> None:
     """A lookup is answered by a statement for the same digest that is on its way already."""
     find = BatchingKeyReader.find
-    flying: dict[bytes, asyncio.Task[Lookup]] = {}
+    flying: dict[bytes, asyncio.Future[Lookup]] = {}
 
-    async def find_joining(self: BatchingKeyReader, digest: bytes) -> Lookup:
+    def find_joining(self: BatchingKeyReader, digest: bytes) -> asyncio.Future[Lookup]:
         if digest not in flying:
-            flying[digest] = asyncio.create_task(find(self, digest))
+            flying[digest] = find(self, digest)
             flying[digest].add_done_callback(lambda _: flying.pop(digest, None))
-        return await asyncio.shield(flying[digest])
+        return asyncio.shield(flying[digest])
 
     BatchingKeyReader.find = find_joining  # type: ignore[method-assign]
 

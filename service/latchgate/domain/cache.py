@@ -30,13 +30,21 @@ class Entry:
 
     __slots__ = ("digest", "is_used", "organization", "record", "sibling", "slot", "until_s")
 
-    def __init__(self, digest: bytes, record: KeyRecord, organization: _Organization, until_s: float) -> None:
+    def __init__(
+        self,
+        digest: bytes,
+        record: KeyRecord,
+        organization: _Organization,
+        until_s: float,
+        slot: int,
+        sibling: Entry | None,
+    ) -> None:
         self.digest = digest
         self.record = record
         self.organization = organization
         self.until_s = until_s
-        self.sibling: Entry | None = None
-        self.slot = 0
+        self.slot = slot
+        self.sibling = sibling
         self.is_used = False
 
 
@@ -78,13 +86,10 @@ class KeyCache:
             self._remove(known)
         # Before the organization is looked for: whoever makes place may be the last that it is known by.
         slot = self._slot()
-        entry = Entry(digest, record, self._organization(record), until_s)
-        entry.slot = slot
-        self._ring[entry.slot] = entry
-        entry.organization.entries += 1
-        entry.sibling = self._by_key.get(record.key_id)
-        self._by_key[record.key_id] = entry
-        self.entries[digest] = entry
+        organization, key_id = self._organization(record), record.key_id
+        entry = Entry(digest, record, organization, until_s, slot, self._by_key.get(key_id))
+        self._ring[slot] = self._by_key[key_id] = self.entries[digest] = entry
+        organization.entries += 1
 
     def drop_key(self, key_id: str) -> None:
         """Forgets all secrets of a key."""
@@ -137,29 +142,28 @@ class KeyCache:
         """Gives a free place in the ring; makes one if there is none."""
         if self._free:
             return self._free.pop()
-        if len(self._ring) < self._max_keys:
-            self._ring.append(None)
-            return len(self._ring) - 1
-        for _ in range(MAX_CHANCES):
-            entry = self._at_hand()
-            if not entry.is_used:
+        ring = self._ring
+        size = len(ring)
+        if size < self._max_keys:
+            ring.append(None)
+            return size
+        hand, chances = self._hand, MAX_CHANCES
+        while True:
+            if hand >= size:
+                hand = 0
+            entry = ring[hand]
+            if entry is None:
+                raise LookupError("a place of the ring is free, and is not known to be")
+            if not entry.is_used or not chances:
                 break
             entry.is_used = False
-            self._hand += 1
-        self._remove(self._at_hand())
+            chances -= 1
+            hand += 1
+        self._remove(entry)
         # On beyond the one that comes in its place: a new one is the last to go, not the next.
-        self._hand += 1
+        self._hand = hand + 1
         self.evicted += 1
         return self._free.pop()
-
-    def _at_hand(self) -> Entry:
-        """Gives the entry under the hand; only while no place is free."""
-        if self._hand >= len(self._ring):
-            self._hand = 0
-        entry = self._ring[self._hand]
-        if entry is None:
-            raise LookupError("a place of the ring is free, and is not known to be")
-        return entry
 
     def _of_key(self, key_id: str) -> Iterator[Entry]:
         entry = self._by_key.get(key_id)
@@ -171,19 +175,14 @@ class KeyCache:
         del self.entries[entry.digest]
         self._ring[entry.slot] = None
         self._free.append(entry.slot)
-        self._unlink(entry)
+        key_id, sibling = entry.record.key_id, entry.sibling
+        if self._by_key[key_id] is not entry:
+            next(each for each in self._of_key(key_id) if each.sibling is entry).sibling = sibling
+        elif sibling is None:
+            del self._by_key[key_id]
+        else:
+            self._by_key[key_id] = sibling
         organization = entry.organization
         organization.entries -= 1
         if not organization.entries and organization.is_current:
             self._forget(organization)
-
-    def _unlink(self, entry: Entry) -> None:
-        key_id = entry.record.key_id
-        head = self._by_key[key_id]
-        if head is not entry:
-            before = next(each for each in self._of_key(key_id) if each.sibling is entry)
-            before.sibling = entry.sibling
-        elif entry.sibling is None:
-            del self._by_key[key_id]
-        else:
-            self._by_key[key_id] = entry.sibling

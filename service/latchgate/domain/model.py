@@ -30,12 +30,17 @@ INSTANT = timedelta(microseconds=1)
 class KeyType(Enum):
     """How a key's token is to be handled."""
 
+    # Enum's own is a function of Python's, which is called for each lookup.
+    __hash__ = object.__hash__
+
     SECRET = "secret"  # noqa: S105 - the name of a type of keys
     PUBLISHABLE = "publishable"
 
 
 class Environment(Enum):
     """Which traffic a key is for."""
+
+    __hash__ = object.__hash__
 
     LIVE = "live"
     TEST = "test"
@@ -325,7 +330,7 @@ NO_PERMITS: Final = Permits()
 NO_USES: Final = Uses(-math.inf)
 
 
-@dataclass(slots=True, kw_only=True, weakref_slot=True)
+@dataclass(slots=True, weakref_slot=True)
 class KeyRecord:
     """What validation needs of one secret, its key, organization and plan. Made once, when it is loaded.
 

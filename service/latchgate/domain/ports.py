@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -37,8 +37,8 @@ from latchgate.domain.outbox import Event
 class KeyReader(Protocol):
     """Finds what validation needs to know of a token."""
 
-    async def find(self, digest: bytes) -> Lookup:
-        """Answers from a state no older than the call. Raises StorageUnavailableError."""
+    def find(self, digest: bytes) -> Awaitable[Lookup]:
+        """Answers from a state no older than the call. Raises StorageUnavailableError, at once or when awaited."""
 
 
 class KeyMemory(Protocol):

@@ -12,7 +12,7 @@ from hashlib import blake2s
 from typing import NamedTuple
 
 from latchgate.domain.errors import InvalidFieldError, LookupBudgetError, RevisionUnknownError
-from latchgate.domain.model import Address, Judgement, KeyRecord, Lookup, Outcome, Rate, Verdict
+from latchgate.domain.model import Address, Judgement, KeyRecord, Lookup, Outcome, Rate, RateState, Verdict
 from latchgate.domain.ports import KeyMemory, KeyReader, Limiter, SuspicionRecorder, UsageRecorder
 from latchgate.domain.shares import WINDOW_SLOTS
 from latchgate.domain.token import Form, TokenFormat, digest, may_be_token
@@ -21,8 +21,10 @@ MAX_COST = 1_000_000
 MAX_REQUIRED_PERMISSIONS = 100
 
 # Of what can not be a token no state has to be known.
-_UNTOLD = Verdict(Outcome.NOT_FOUND, revision=0)
+_UNTOLD: Judgement = (Outcome.NOT_FOUND, 0, 0.0, None, None)
+# By names of this module: an Enum's members take as long to be found as some calls.
 _VALID = Outcome.VALID
+_OWN, _FOREIGN = Form.OWN, Form.FOREIGN
 
 
 class Need(NamedTuple):
@@ -226,9 +228,12 @@ class Validator:
     ) -> Verdict:
         """Judges a token for a request, as `decide` does. Raises InvalidFieldError for one that makes no sense."""
         need = Need.of(required_permissions, client_ip, cost, min_revision)
-        return await self.decide(token, need, only_organization_id=only_organization_id)
+        outcome, revision, now_s, record, rate = await self.decide(
+            token, need, only_organization_id=only_organization_id
+        )
+        return Verdict(outcome, revision, now_s, record, RateState(*rate) if rate else None)
 
-    async def decide(self, token: str, need: Need, *, only_organization_id: str = "") -> Verdict:
+    async def decide(self, token: str, need: Need, *, only_organization_id: str = "") -> Judgement:
         """Judges a token for what a request needs, and asks storage where memory can not say.
 
         With `only_organization_id`, tokens of others are as if they were not there. Raises InvalidFieldError for an
@@ -242,13 +247,14 @@ class Validator:
             lookup = self._memory.find(known_by, min_revision)
             if lookup is None:
                 form = self._tokens.recognise(token)
-                if form is Form.IMPOSSIBLE:
+                if form is _OWN:
+                    sent_s = self.clock()
+                    lookup = await self._keys.find(digest(token))
+                    self._memory.keep(known_by, lookup, sent_s=sent_s)
+                elif form is _FOREIGN:
+                    lookup = await self._look_up_foreign(token, known_by, client_ip)
+                else:
                     break
-                try:
-                    lookup = await self._look_up(token, known_by, form)
-                except LookupBudgetError:
-                    await self._unknown(client_ip)
-                    raise
             record, now_s, revision = lookup
             if revision < min_revision:
                 raise RevisionUnknownError(
@@ -256,10 +262,10 @@ class Validator:
                 )
             if record is None or (only_organization_id and record.organization_id != only_organization_id):
                 await self._unknown(client_ip)
-                return Verdict(outcome=Outcome.NOT_FOUND, revision=revision)
-            verdict = self._judge(record, now_s, revision, need)
-            if verdict is not None:
-                return verdict
+                return Outcome.NOT_FOUND, revision, 0.0, None, None
+            judgement = self._judge(record, now_s, revision, need)
+            if judgement is not None:
+                return judgement
             # Nothing is charged yet, and meanwhile the key may change: all is judged anew.
             await self._limiter.wait(record.key_id, record.rate_limit_per_minute, cost)
         await self._unknown(client_ip)
@@ -270,15 +276,11 @@ class Validator:
         self._suspicion.suspect(client_ip, Outcome.NOT_FOUND, None)
         await self._patience.wait()
 
-    async def _look_up(self, token: str, known_by: bytes, form: Form) -> Lookup:
-        """Asks storage, and keeps what it says."""
+    async def _look_up_foreign(self, token: str, known_by: bytes, client_ip: str) -> Lookup:
+        """Asks storage, if there is budget for it, and keeps what it says."""
         token_digest = digest(token)
-        if form is Form.OWN:
-            sent_s = self._memory.now_s()
-            lookup = await self._keys.find(token_digest)
-            self._memory.keep(known_by, lookup, sent_s=sent_s)
-            return lookup
         if not self._foreign.spend(token_digest):
+            await self._unknown(client_ip)
             raise LookupBudgetError("too many unknown tokens of foreign formats at once; try again in a second")
         sent_s = self._memory.now_s()
         lookup = await self._keys.find(token_digest)
@@ -289,14 +291,14 @@ class Validator:
             self._memory.keep(known_by, lookup, sent_s=sent_s)
         return lookup
 
-    def _judge(self, record: KeyRecord, now_s: float, revision: int, need: Need) -> Verdict | None:
+    def _judge(self, record: KeyRecord, now_s: float, revision: int, need: Need) -> Judgement | None:
         """Judges what is known of a token; None if the limiter has to be waited for."""
         if record.good_until_s <= now_s:
             ailment = _ailment(record, now_s)
             if ailment is Outcome.REVOKED:
                 self._suspicion.suspect(need.client_ip, ailment, record)
             self._usage.refused(record, ailment, now_s)
-            return Verdict(ailment, revision)
+            return ailment, revision, 0.0, None, None
         outcome, rate = _VALID, None
         if record.networks and not _is_within(record, need.client_ip):
             outcome = Outcome.ADDRESS_DENIED
@@ -314,7 +316,7 @@ class Validator:
             record.uses = self._usage.used(record, now_s)
         else:
             self._usage.refused(record, outcome, now_s)
-        return Verdict(outcome, revision, now_s, record, rate)
+        return outcome, revision, now_s, record, rate
 
 
 def _ailment(record: KeyRecord, now_s: float) -> Outcome:

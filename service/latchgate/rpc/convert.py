@@ -348,20 +348,24 @@ def unused_message(
 
 def identity(key: KeyIdentity) -> bytes:
     """Writes what a ValidateResponse shows of a key."""
-    message = key_service_pb2.ValidateResponse(
-        key_id=key.key_id,
-        organization_id=key.organization_id,
-        user_id=key.user_id,
-        user_email=key.user_email,
-        key_name=key.key_name,
-    )
-    _set_seconds(message.create_time, key.create_s)
-    if key.end_s != math.inf:
-        _set_seconds(message.expire_time, key.end_s)
+    (
+        key_id, organization_id, user_id, user_email, key_name, key_type, environment, permissions,
+        create_s, end_s, told,
+    ) = key  # fmt: skip
+    # One by one, which takes half as long as all at once by their names.
+    message = key_service_pb2.ValidateResponse()
+    message.key_id = key_id
+    message.organization_id = organization_id
+    message.user_id = user_id
+    message.user_email = user_email
+    message.key_name = key_name
+    _set_seconds(message.create_time, create_s)
+    if end_s != math.inf:
+        _set_seconds(message.expire_time, end_s)
     metadata = message.metadata
-    for name, value in key.metadata.items():
+    for name, value in told.items():
         metadata[name] = value
-    return message.SerializeToString() + _kind(key.key_type, key.environment, key.permissions)
+    return message.SerializeToString() + _kind(key_type, environment, permissions)
 
 
 @lru_cache(maxsize=10_000)

@@ -52,11 +52,11 @@ class ExtAuthz:
         if check.problem is not None:
             self._outcomes.unjudged(check.problem.value)
             return refused(check.problem, check)
-        verdict = await self._validator.decide(
+        judgement = await self._validator.decide(
             as_text(check.token), check.need, only_organization_id=access.only_organization(caller)
         )
-        self._outcomes.outcome(verdict.outcome)
-        return self._writer.write(verdict, check)
+        self._outcomes.outcome(judgement[0])
+        return self._writer.write(judgement, check)
 
     def _read(self, raw: bytes) -> Check:
         """Reads a question. What can not be read is the gateway's fault, of which its operator has to hear."""
@@ -103,12 +103,12 @@ class CheckRecall:
         return self._write(judgement, check)
 
     async def _ask(self, check: Check) -> bytes:
-        verdict = await self._decide(as_text(check.token), check.need)
-        if verdict.outcome is _VALID:
+        judgement = await self._decide(as_text(check.token), check.need)
+        if judgement[0] is _VALID:
             self._tally.valid += 1
         else:
-            self._outcomes.outcome(verdict.outcome)
-        return self._write(verdict, check)
+            self._outcomes.outcome(judgement[0])
+        return self._write(judgement, check)
 
 
 def refuse(status: status_pb2.Status, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes | None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from dataclasses import dataclass, replace
 from time import perf_counter
 from types import CoroutineType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import grpc
 import structlog
@@ -48,6 +48,7 @@ It is told at what time by the validator's clock the request was there.
 Refuse = Callable[[status_pb2.Status, bytes, Context], bytes | None]
 """Gives the answer to a request that says an error in the words of a protocol; None where the call ends with it."""
 
+_OK: Final = grpc.StatusCode.OK.name
 _log = structlog.get_logger("latchgate.rpc")
 
 
@@ -270,7 +271,7 @@ class Pipeline:
             raw: bytes, context: Context, decision: Coroutine[Any, Any, bytes] | None = None, /
         ) -> Message | bytes:
             start_s = perf_counter()
-            code = grpc.StatusCode.OK
+            code = _OK
             try:
                 if decision is not None:
                     return await decision
@@ -281,8 +282,8 @@ class Pipeline:
             except BaseException as error:
                 call = RunningCall(name, context, start_s)
                 status = call.refuse(error)
-                code = call.code
-                if code is grpc.StatusCode.INTERNAL:
+                code = call.code.name
+                if call.code is grpc.StatusCode.INTERNAL:
                     call.log()
                 if status is None:
                     raise
@@ -290,7 +291,7 @@ class Pipeline:
                 if answer is not None:
                     return answer
             finally:
-                self._observer.finished(name, code.name, perf_counter() - start_s)
+                self._observer.finished(name, code, perf_counter() - start_s)
             return await abort(context, status)
 
         return behave

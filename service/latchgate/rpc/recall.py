@@ -73,12 +73,12 @@ class Recall:
 
     async def _ask(self, token: bytes, need: Need) -> bytes:
         """Has it decided with all that it takes."""
-        verdict = await self._decide(as_text(token), need)
-        if verdict.outcome is _VALID:
+        judgement = await self._decide(as_text(token), need)
+        if judgement[0] is _VALID:
             self._tally.valid += 1
         else:
-            self._outcomes.outcome(verdict.outcome)
-        return self._write(verdict)
+            self._outcomes.outcome(judgement[0])
+        return self._write(judgement)
 
     def _learn(self, rest: bytes) -> Need | None:
         """Reads what follows after the token; None if that is not plain, as where another token follows."""

@@ -57,8 +57,9 @@ def find_many(link: Link, show: rows.Show) -> FindMany:
         now_s, revision = found[0]["now_s"], found[0]["revision"]
         lookups = dict.fromkeys(digests, Lookup(None, now_s, revision))
         for row in found:
-            if row["digest"] is not None:
-                lookups[row["digest"]] = Lookup(rows.key_record(row, show), now_s, revision)
+            digest = row["digest"]
+            if digest is not None:
+                lookups[digest] = Lookup(rows.key_record(row, show), now_s, revision)
         return lookups
 
     return find
@@ -96,20 +97,29 @@ class BatchingKeyReader:
         # What is waited for while statements are kept apart.
         self._due: asyncio.Future[None] | None = None
         self._waiting: dict[bytes, list[asyncio.Future[Lookup]]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._serving: asyncio.Task[None] | None = None
         self._problem = ""
 
-    async def find(self, digest: bytes) -> Lookup:
-        """Waits for the next statement's answer."""
+    def find(self, digest: bytes) -> asyncio.Future[Lookup]:
+        """Gives what the next statement's answer is to be awaited by. Raises StorageUnavailableError."""
         if self._problem:
             self._observer.failed(1)
             raise StorageUnavailableError(self._problem)
-        answer: asyncio.Future[Lookup] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(digest, []).append(answer)
+        # Kept, because Python asks the system for the process's id each time that it is asked for the loop.
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Lookup] = self._loop.create_future()
+        waiting = self._waiting.get(digest)
+        if waiting is None:
+            self._waiting[digest] = [answer]
+        else:
+            waiting.append(answer)
         if self._due is not None and len(self._waiting) >= self._plenty:
             _settle(self._due)
-        self._serve_soon()
-        return await answer
+        if self._serving is None:
+            self._serve_soon()
+        return answer
 
     def suspect(self) -> None:
         """Has the database tried, with no lookup that waits for it."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from ipaddress import ip_network
+from operator import itemgetter
 from sys import intern
 from typing import Final
 
@@ -39,6 +40,7 @@ _KEY_TYPES: Final = {each.value: each for each in KeyType}
 _ENVIRONMENTS: Final = {each.value: each for each in Environment}
 # PostgreSQL writes jsonb without blanks around it, which json.loads would look for.
 _read_json: Final = json.JSONDecoder().raw_decode
+_NEVER: Final = math.inf
 
 
 def key(row: Row) -> Key:
@@ -81,45 +83,64 @@ def _network(cidr: str) -> Network:
 
 
 @lru_cache(maxsize=10_000)
-def _grants(permissions: tuple[str, ...]) -> Grants:
-    return Grants(permissions)
+def _kind(
+    key_type: str, environment: str, permissions: tuple[str, ...]
+) -> tuple[KeyType, Environment, tuple[str, ...], Grants]:
+    """Reads what many keys have in common."""
+    return _KEY_TYPES[key_type], _ENVIRONMENTS[environment], permissions, Grants(permissions)
+
+
+_found: Final = itemgetter(
+    "secret_id", "key_id", "organization_id", "organization_active", "plan_id", "key_name", "key_type", "environment",
+    "permissions", "allowed_cidrs", "rate_limit_per_minute", "active", "revoked", "expire_s", "secret_end_s",
+    "create_s", "user_id", "user_email", "metadata",
+)  # fmt: skip
 
 
 def key_record(row: Row, show: Show) -> KeyRecord:
-    """Reads what validation needs of a secret. What many keys have in common they share."""
-    key_id, organization_id = row["key_id"], intern(row["organization_id"])
-    permissions = tuple(row["permissions"])
-    cidrs, metadata = row["allowed_cidrs"], row["metadata"]
-    expire_s, secret_end_s = row["expire_s"], row["secret_end_s"]
-    # By their places: each lookup waits for this, and names cost time.
+    """Reads what validation needs of a secret. What many keys have in common they share.
+
+    Each lookup waits for this. So values are taken out at once, and given on by their places: names cost time.
+    """
+    (
+        secret_id, key_id, organization_id, organization_active, plan_id, key_name, key_type, environment,
+        permissions, cidrs, rate_limit_per_minute, active, revoked, expire_s, secret_end_s,
+        create_s, user_id, user_email, metadata,
+    ) = _found(row)  # fmt: skip
+    organization_id = intern(organization_id)
+    type_, environment, permissions, grants = _kind(key_type, environment, tuple(permissions))
+    # The one infinity, where there is none: of a million records each would have its own.
+    expire_s = _NEVER if expire_s == _NEVER else expire_s
+    secret_end_s = _NEVER if secret_end_s == _NEVER else secret_end_s
+    end_s = min(secret_end_s, expire_s)
+    told = {} if metadata == "{}" else _read_json(metadata)[0]
     shown = KeyIdentity(
         key_id,
         organization_id,
-        row["user_id"],
-        row["user_email"],
-        row["key_name"],
-        _KEY_TYPES[row["key_type"]],
-        _ENVIRONMENTS[row["environment"]],
+        user_id,
+        user_email,
+        key_name,
+        type_,
+        environment,
         permissions,
-        row["create_s"],
-        min(expire_s, secret_end_s),
-        {} if metadata == "{}" else _read_json(metadata)[0],
+        create_s,
+        end_s,
+        told,
     )
     return KeyRecord(
-        secret_id=row["secret_id"],
-        key_id=key_id,
-        organization_id=organization_id,
-        organization_active=row["organization_active"],
-        plan_id=intern(row["plan_id"]),
-        grants=_grants(permissions),
-        networks=tuple(map(_network, cidrs)) if cidrs else (),
-        rate_limit_per_minute=row["rate_limit_per_minute"],
-        active=row["active"],
-        revoked=row["revoked"],
-        # The one infinity, where there is none: of a million records each would have its own.
-        expire_s=expire_s if math.isfinite(expire_s) else math.inf,
-        secret_end_s=secret_end_s if math.isfinite(secret_end_s) else math.inf,
-        shown=show(shown),
+        secret_id,
+        key_id,
+        organization_id,
+        organization_active,
+        intern(plan_id),
+        grants,
+        tuple(map(_network, cidrs)) if cidrs else (),
+        rate_limit_per_minute,
+        active,
+        revoked,
+        expire_s,
+        secret_end_s,
+        show(shown),
     )
 
 

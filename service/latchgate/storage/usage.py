@@ -56,6 +56,11 @@ class _Uses(Uses):
         self.record: ref[KeyRecord] | None = None
         self.refused: Counter[Outcome] | None = None
 
+    def count(self, now_s: float) -> None:
+        """Counts an answer of VALID."""
+        self.valid += 1
+        self.used_s = max(self.used_s, now_s)
+
     def close(self) -> None:
         """Has what comes from now on counted elsewhere. A record that is held for long does not hold this, too."""
         self.until_s = NO_USES.until_s
@@ -120,19 +125,14 @@ class UsageBuffer:
 
         Gives what the next ones can be counted in.
         """
-        uses = self._used(record.secret_id, record.organization_id, now_s)
+        uses = self._of(record.secret_id, record.organization_id, now_s)
+        uses.count(now_s)
         uses.record = ref(record)
         return uses
 
     def used_secret(self, secret_id: int, organization_id: str, now_s: float) -> None:
         """Takes note of a use that was no answer of Validate, as `used` does."""
-        self._used(secret_id, organization_id, now_s)
-
-    def _used(self, secret_id: int, organization_id: str, now_s: float) -> _Uses:
-        uses = self._of(secret_id, organization_id, now_s)
-        uses.valid += 1
-        uses.used_s = max(uses.used_s, now_s)
-        return uses
+        self._of(secret_id, organization_id, now_s).count(now_s)
 
     def _of(self, secret_id: int, organization_id: str, now_s: float) -> _Uses:
         """Gives the uses of a secret in the hour in which a time lies."""
