@@ -50,6 +50,10 @@ class Need(NamedTuple):
         return cls(frozenset(required_permissions), client_ip, cost, min_revision)
 
 
+Needed = tuple[frozenset[str], str, int, int]
+"""A Need, with or without its names: a tuple without is taken apart in a third of the time."""
+
+
 def fingerprint(token: bytes) -> bytes:
     """Gives what a token is known by in memory: BLAKE2s (RFC 7693), which is there sooner than SHA-256 from OpenSSL."""
     return blake2s(token).digest()
@@ -167,7 +171,7 @@ class Validator:
         self._patience = patience
         self._suspicion = suspicion
 
-    def recall(self, token: bytes, need: Need, local_s: float) -> Judgement | None:
+    def recall(self, token: bytes, need: Needed, local_s: float) -> Judgement | None:
         """Judges a token from memory, without waiting; None if memory can not say, and `decide` has to be asked.
 
         The judgement is that of `local_s`, a time by `clock` at which the request was there. Raises InvalidFieldError.
@@ -233,7 +237,7 @@ class Validator:
         )
         return Verdict(outcome, revision, now_s, record, RateState(*rate) if rate else None)
 
-    async def decide(self, token: str, need: Need, *, only_organization_id: str = "") -> Judgement:
+    async def decide(self, token: str, need: Needed, *, only_organization_id: str = "") -> Judgement:
         """Judges a token for what a request needs, and asks storage where memory can not say.
 
         With `only_organization_id`, tokens of others are as if they were not there. Raises InvalidFieldError for an
@@ -291,22 +295,23 @@ class Validator:
             self._memory.keep(known_by, lookup, sent_s=sent_s)
         return lookup
 
-    def _judge(self, record: KeyRecord, now_s: float, revision: int, need: Need) -> Judgement | None:
+    def _judge(self, record: KeyRecord, now_s: float, revision: int, need: Needed) -> Judgement | None:
         """Judges what is known of a token; None if the limiter has to be waited for."""
+        permissions, client_ip, cost, _ = need
         if record.good_until_s <= now_s:
             ailment = _ailment(record, now_s)
             if ailment is Outcome.REVOKED:
-                self._suspicion.suspect(need.client_ip, ailment, record)
+                self._suspicion.suspect(client_ip, ailment, record)
             self._usage.refused(record, ailment, now_s)
             return ailment, revision, 0.0, None, None
         outcome, rate = _VALID, None
-        if record.networks and not _is_within(record, need.client_ip):
+        if record.networks and not _is_within(record, client_ip):
             outcome = Outcome.ADDRESS_DENIED
-            self._suspicion.suspect(need.client_ip, outcome, record)
-        elif not need.permissions <= record.grants.exact and record.grants.lacking(need.permissions) is not None:
+            self._suspicion.suspect(client_ip, outcome, record)
+        elif not permissions <= record.grants.exact and record.grants.lacking(permissions) is not None:
             outcome = Outcome.PERMISSION_DENIED
         elif record.rate_limit_per_minute:
-            rate = self._limiter.take(record.key_id, record.rate_limit_per_minute, need.cost)
+            rate = self._limiter.take(record.key_id, record.rate_limit_per_minute, cost)
             if rate is None:
                 return None
             if not rate.allowed:

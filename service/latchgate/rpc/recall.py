@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from apikeys.v1 import key_service_pb2 as pb
 from latchgate.domain.model import Outcome
-from latchgate.domain.validation import Need, Validator, as_text
+from latchgate.domain.validation import Need, Needed, Validator, as_text
 from latchgate.observers import OutcomeObserver, Tally
 from latchgate.rpc.answers import AnswerWriter
 
@@ -42,7 +42,7 @@ class Recall:
         self._tally = tally
         self._outcomes = outcomes
         # By the bytes that say it.
-        self.needs: dict[bytes, Need] = {}
+        self.needs: dict[bytes, Needed] = {}
 
     def answer(self, raw: bytes, came_s: float) -> bytes | Coroutine[Any, Any, bytes] | None:
         """Gives the answer to a request that was there at `came_s` by the validator's clock.
@@ -71,7 +71,7 @@ class Recall:
             self._outcomes.outcome(judgement[0])
         return self._write(judgement)
 
-    async def _ask(self, token: bytes, need: Need) -> bytes:
+    async def _ask(self, token: bytes, need: Needed) -> bytes:
         """Has it decided with all that it takes."""
         judgement = await self._decide(as_text(token), need)
         if judgement[0] is _VALID:
@@ -80,7 +80,7 @@ class Recall:
             self._outcomes.outcome(judgement[0])
         return self._write(judgement)
 
-    def _learn(self, rest: bytes) -> Need | None:
+    def _learn(self, rest: bytes) -> Needed | None:
         """Reads what follows after the token; None if that is not plain, as where another token follows."""
         if len(rest) > MAX_NEED_BYTES:
             return None
@@ -88,7 +88,8 @@ class Recall:
         if request.token or request.SerializeToString() != rest:
             return None
         cost = request.cost if request.HasField("cost") else 1
-        need = Need.of(request.required_permissions, request.client_ip, cost, request.min_revision)
+        checked = Need.of(request.required_permissions, request.client_ip, cost, request.min_revision)
+        need = (checked.permissions, checked.client_ip, checked.cost, checked.min_revision)
         if len(self.needs) >= MAX_NEEDS:
             self.needs.clear()
         self.needs[rest] = need
