@@ -7,9 +7,9 @@ import logging
 import re
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from functools import partial
+from collections.abc import Iterable, Mapping, MutableMapping
 from itertools import accumulate
+from operator import add
 from typing import Any, TextIO, cast
 
 import structlog
@@ -106,13 +106,19 @@ def _library_event(_logger: Any, _name: str, event: MutableMapping[str, Any]) ->
 class _Recalled:
     """Implements latchgate.observers.Tally."""
 
-    def __init__(self, slow: Callable[[float], None]) -> None:
-        """Takes who counts one that took longer."""
+    def __init__(self) -> None:
+        """Begins with nothing."""
         self.quick_s = _SECONDS[0]
         self.quick = 0
         self.seconds = 0.0
         self.valid = 0
-        self.slow = slow
+        # Counts by bucket of those that took longer.
+        self.buckets = _no_buckets()
+
+    def slow(self, seconds: float) -> None:
+        """Counts one that took longer."""
+        self.buckets[bisect_left(_SECONDS, seconds)] += 1
+        self.seconds += seconds
 
 
 class _Calls(Collector):
@@ -122,7 +128,7 @@ class _Calls(Collector):
     """
 
     def __init__(self, tallies: Mapping[str, _Recalled]) -> None:
-        """Takes where those are counted that were answered from memory, by method."""
+        """Takes where those are counted that were answered without a detour, by method."""
         self._tallies = tallies
         self._counts: dict[tuple[str, str], int] = {}
         # For each method the counts by bucket, those of longer than the longest last; and the sum.
@@ -150,9 +156,10 @@ class _Calls(Collector):
         buckets = {method: list(each) for method, each in tuple(self._buckets.items())}
         sums = self._sums.copy()
         for method, tally in tuple(self._tallies.items()):
-            if tally.quick:
-                counts[method, "OK"] = counts.get((method, "OK"), 0) + tally.quick
-                buckets.setdefault(method, _no_buckets())[0] += tally.quick
+            tallied = [tally.quick + tally.buckets[0], *tally.buckets[1:]]
+            if any(tallied):
+                counts[method, "OK"] = counts.get((method, "OK"), 0) + sum(tallied)
+                buckets[method] = list(map(add, tallied, buckets.get(method, _no_buckets())))
                 sums[method] = sums.get(method, 0.0) + tally.seconds
         calls = _calls_family()
         for labels, count in counts.items():
@@ -296,8 +303,8 @@ class Metrics:
         )
 
     def tally(self, method: str) -> _Recalled:
-        """Where answers of `method` from memory are counted."""
-        return self._tallies.setdefault(method, _Recalled(partial(self.finished, method, "OK")))
+        """Where calls of `method` are counted that are answered from memory, or looked up with nothing else to do."""
+        return self._tallies.setdefault(method, _Recalled())
 
     def outcome(self, outcome: Outcome) -> None:
         """A token was judged."""

@@ -18,10 +18,10 @@ class OutcomeObserver(Protocol):
 
 
 class Tally(Protocol):
-    """Counts calls of one method that were answered from memory, and its answers of VALID wherever they were found.
+    """Counts calls of one method that are answered without a detour, and its answers of VALID wherever they were found.
 
     Counted in place, because a call of Python's for each would cost more than the counting. `quick` counts the former
-    that took less than `quick_s` seconds, and `seconds` sums the time of these; `valid` counts the latter.
+    that took less than `quick_s` seconds, and `seconds` sums the time of all of them; `valid` counts the latter.
     """
 
     quick_s: float
@@ -41,10 +41,10 @@ class TokenObserver(Protocol):
 
 
 class CallObserver(Protocol):
-    """Is told of every call that is not in a tally."""
+    """Is told of every call that is in no tally."""
 
     def tally(self, method: str) -> Tally:
-        """Where answers of `method` from memory are counted."""
+        """Where calls of `method` are counted that are answered from memory, or looked up with nothing else to do."""
 
     def finished(self, method: str, code: str, seconds: float) -> None:
         """A call of `method` ended with the gRPC status `code`."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from dataclasses import dataclass, replace
 from time import perf_counter
 from types import CoroutineType
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple
 
 import grpc
 import structlog
@@ -52,13 +52,15 @@ _OK: Final = grpc.StatusCode.OK.name
 _log = structlog.get_logger("latchgate.rpc")
 
 
-class HotBehaviour(Protocol):
-    """The behaviour of a method of the hot path."""
+Refused = Callable[[BaseException, bytes, Context, float], Awaitable[Message | bytes]]
+"""Tells the caller of an error that a request has ended with, after so many seconds; or raises it anew."""
 
-    def __call__(
-        self, raw: bytes, context: Context, decision: Coroutine[Any, Any, bytes] | None = None, /
-    ) -> Awaitable[Message | bytes]:
-        """Answers; a decision that is there is awaited, before anything else, and the request not read again."""
+
+class Hot(NamedTuple):
+    """A method of the hot path: what answers it, and what tells of an error."""
+
+    behave: Behaviour
+    refused: Refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,48 +260,42 @@ class Pipeline:
 
         return behave
 
-    def validation(
-        self, method: MethodDescriptor, handler: ValidationHandler, refuse: Refuse | None = None
-    ) -> HotBehaviour:
+    def validation(self, method: MethodDescriptor, handler: ValidationHandler, refuse: Refuse | None = None) -> Hot:
         """Wraps a handler of the hot path: no rules but its own, no log line for an answer.
 
         One that can `refuse` in its own words is given what came as bytes, to read it in its own way.
         """
         name, service, request_type = _described(method)
 
-        async def behave(
-            raw: bytes, context: Context, decision: Coroutine[Any, Any, bytes] | None = None, /
-        ) -> Message | bytes:
+        async def behave(raw: bytes, context: Context) -> Message | bytes:
             start_s = perf_counter()
-            code = _OK
             try:
-                if decision is not None:
-                    return await decision
                 backend = await self._admitted()
                 caller = None if self._is_validate_open else await _key_holder(backend, context, Call(), cost=0)
                 request = raw if refuse else parse(request_type, raw)
-                return await handler(backend.services[service], request, caller)
-            except BaseException as error:
-                call = RunningCall(name, context, start_s)
-                status = call.refuse(error)
-                code = call.code.name
-                if call.code is grpc.StatusCode.INTERNAL:
-                    call.log()
-                if status is None:
-                    raise
-                answer = refuse(status, raw, context) if refuse else None
-                if answer is not None:
-                    return answer
-            finally:
-                self._observer.finished(name, code, perf_counter() - start_s)
-            return await abort(context, status)
+                answer = await handler(backend.services[service], request, caller)
+            except BaseException as error:  # noqa: BLE001 - what is not told of is raised anew
+                return await refused(error, raw, context, perf_counter() - start_s)
+            self._observer.finished(name, _OK, perf_counter() - start_s)
+            return answer
 
-        return behave
+        async def refused(error: BaseException, raw: bytes, context: Context, seconds: float) -> Message | bytes:
+            call = RunningCall(name, context, perf_counter() - seconds)
+            status = call.refuse(error)
+            self._observer.finished(name, call.code.name, seconds)
+            if call.code is grpc.StatusCode.INTERNAL:
+                call.log()
+            if status is None:
+                raise error
+            answer = refuse(status, raw, context) if refuse else None
+            return answer if answer is not None else await abort(context, status)
 
-    def recalling(self, method: MethodDescriptor, behave: HotBehaviour) -> Behaviour:
-        """Has a method of the hot path answered from memory, and by `behave` only where that takes more."""
+        return Hot(behave, refused)
+
+    def recalling(self, method: MethodDescriptor, hot: Hot) -> Behaviour:
+        """Has a method of the hot path answered from memory, and by its own behaviour only where that takes more."""
         memory = self._memories[method.full_name] = _Memory()
-        return _Recalling(memory, self._observer.tally(method_name(method)), behave)
+        return _Recalling(memory, self._observer.tally(method_name(method)), hot)
 
 
 def _never(_raw: bytes, _came_s: float) -> bytes | None:
@@ -325,10 +321,10 @@ class _Recalling:
     # That this is not what it is, is the point: type checkers are right to object.
     __class__ = CoroutineType  # type: ignore[assignment]
 
-    def __init__(self, memory: _Memory, tally: Tally, behave: HotBehaviour) -> None:
+    def __init__(self, memory: _Memory, tally: Tally, hot: Hot) -> None:
         self._memory = memory
         self._tally = tally
-        self._behave = behave
+        self._hot = hot
 
     async def __call__(self, raw: bytes, context: Context) -> Message | bytes:
         memory = self._memory
@@ -340,7 +336,12 @@ class _Recalling:
         except Exception:  # noqa: BLE001 - what it is, is found out and told below
             answer = None
         if not isinstance(answer, bytes):
-            return await self._behave(raw, context, answer)
+            if answer is None:
+                return await self._hot.behave(raw, context)
+            try:
+                answer = await answer
+            except BaseException as error:  # noqa: BLE001 - what is not told of is raised anew
+                return await self._hot.refused(error, raw, context, clock() - came_s)
         seconds = clock() - came_s
         tally = self._tally
         if seconds < tally.quick_s:

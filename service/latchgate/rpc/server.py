@@ -240,7 +240,7 @@ def _bind(
         recalled = method in _RECALLED_METHODS
         if method in _HOT_METHODS:
             hot = pipeline.validation(method, handler, _REFUSALS.get(method))
-            behave = pipeline.recalling(method, hot) if recalled else hot
+            behave = pipeline.recalling(method, hot) if recalled else hot.behave
         elif method in _VISITED_METHODS:
             behave = pipeline.visited(method, handler)
         else:
