@@ -205,8 +205,7 @@ class Allotments:
         for share in self._active.values():
             self._forget_old_debt(share)
             # It may be another store, which knows nothing of these slots.
-            share.backs.clear()
-            share.leaves.clear()
+            share.backs = share.leaves = ()
             share.permits.used = share.used_before = share.debt
 
     def forget_old_debts(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from math import ceil
+from operator import itemgetter
 from typing import Final
 
 from latchgate.domain.model import Permits
@@ -67,10 +69,11 @@ class Share:
         # Apart from the rest, because whoever counts in them may keep them for longer than the share lasts. Their
         # `used` is what the window holds as far as is known, less what is left here, and with what was not reported.
         self.permits = Permits()
-        # Of which grants the permits are that are left, the oldest first.
-        self.layers: list[_Layer] = []
+        # Of which grants the permits are that are left, the oldest first. A tuple, as below: most are empty or of one,
+        # and there is a share for each key that is in use.
+        self.layers: tuple[_Layer, ...] = ()
         # Permits that have expired, by slot.
-        self.backs: list[tuple[int, int]] = []
+        self.backs: tuple[tuple[int, int], ...] = ()
         # For which window of the clock's it was given standing permits.
         self.block = -1
         # What was admitted without a permit and not reported, and when that may be done again.
@@ -78,7 +81,7 @@ class Share:
         self.free_after_s = NEVER
         self.told_s = NEVER
         # If the window was short of permits when that was told: when which cost leaves it, the soonest first.
-        self.leaves: list[tuple[float, int]] = []
+        self.leaves: tuple[tuple[float, int], ...] = ()
         # What waits for the store since it was asked, and the cheapest of it.
         self.waiting = 0
         self.least = 0
@@ -103,12 +106,13 @@ class Share:
 
     def age(self, now_s: float) -> None:
         """Takes account of what has left the window, and of permits that have expired."""
-        leaves = self.leaves
-        while leaves and leaves[0][0] <= now_s:
-            self._lower(leaves.pop(0)[1])
+        if self.leaves and self.leaves[0][0] <= now_s:
+            gone = bisect_right(self.leaves, now_s, key=itemgetter(0))
+            self._lower(sum(cost for _, cost in self.leaves[:gone]))
+            self.leaves = self.leaves[gone:]
         if now_s - self.told_s > WINDOW_SLOTS:
             # At least as old is all of it.
-            leaves.clear()
+            self.leaves = ()
             self.used_before -= self.permits.used - self.debt
             self.permits.used = self.debt
         if self.layers:
@@ -125,7 +129,7 @@ class Share:
         layers = self.layers
         if len(layers) == 1 and layers[0].slot == _NOWHERE and layers[0].until_s <= now_s:
             # As below, in short: of most keys nothing else is ever held, and each time they are used it is of the past.
-            layers.clear()
+            self.layers = ()
             self.permits.left = 0
             self.permits.until_s = NEVER
             return
@@ -142,8 +146,8 @@ class Share:
             elif layer.count:
                 self.permits.left -= layer.count
                 if layer.slot != _NOWHERE:
-                    self.backs.append((layer.slot, layer.count))
-        self.layers = good
+                    self.backs = (*self.backs, (layer.slot, layer.count))
+        self.layers = tuple(good)
         self.permits.until_s = good[0].until_s if good else NEVER
 
     def stand(self, limit: int, workers: int, now_s: float) -> None:
@@ -155,7 +159,7 @@ class Share:
             if count:
                 # The last ones to be used: they last longest.
                 until_s = (block + 1.0) * WINDOW_SLOTS
-                self.layers.append(_Layer(_NOWHERE, count, until_s))
+                self.layers = (*self.layers, _Layer(_NOWHERE, count, until_s))
                 self.permits.left += count
                 if len(self.layers) == 1:
                     self.permits.until_s = until_s
@@ -203,7 +207,10 @@ class Share:
                 # Half of the way to where more are asked for: the demand may have doubled by then.
                 self.due_s = now_s + min((self.permits.left - stock * FAR_REFILL_AT) / self.rate / 2, LIFE_S)
             return None
-        slot, back = self.backs.pop() if self.backs else (0, 0)
+        slot, back = 0, 0
+        if self.backs:
+            *others, (slot, back) = self.backs
+            self.backs = tuple(others)
         return RateAsk(self.key_id, self.limit, self.debt, least, needed, wanted, slot, back)
 
     def _tell_rate(self, now_s: float) -> None:
@@ -258,7 +265,8 @@ class Share:
             self.settle(now_s)
         if told.granted:
             place = len(self.layers) - bool(self.standing())
-            self.layers.insert(place, _Layer(told.slot, told.granted, sent_s + LIFE_S))
+            layer = _Layer(told.slot, told.granted, sent_s + LIFE_S)
+            self.layers = (*self.layers[:place], layer, *self.layers[place:])
             self.permits.left += told.granted
             self.settle(now_s)
         self.permits.used = (
@@ -266,7 +274,7 @@ class Share:
         )
         self.used_before = self.permits.used - taken
         self.told_s = now_s
-        self.leaves = [(now_s + after_s, cost) for after_s, cost in told.leaves]
+        self.leaves = tuple((now_s + after_s, cost) for after_s, cost in told.leaves)
         if ask.wanted and (told.granted >= ask.wanted or told.used + ask.least > ask.limit):
             self.lacking = 0
         if ask.charged and told.used > ask.limit:
