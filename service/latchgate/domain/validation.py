@@ -51,7 +51,7 @@ class Need(NamedTuple):
 
 
 Needed = tuple[frozenset[str], str, int, int]
-"""A Need, with or without its names: a tuple without is taken apart in a third of the time."""
+"""A Need, with or without its names: a tuple without is taken apart sooner."""
 
 
 def fingerprint(token: bytes) -> bytes:

@@ -28,7 +28,7 @@ _Limited = tuple[int, int, list[bytes], bytes]
 """What the answers of VALID for one limit have in common within a second and a revision.
 
 These are the revision; when it ends, in seconds since 1970; what comes before the number of requests that are left, by
-the length of that number; and what comes after it. A tuple without names is taken apart in a third of the time.
+the length of that number; and what comes after it. Without names, because such a tuple is taken apart sooner.
 """
 
 
