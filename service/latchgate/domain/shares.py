@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from functools import lru_cache
 from math import ceil
 from operator import itemgetter
 from typing import Final
@@ -40,6 +41,12 @@ STEADY: Final = 4.0
 STANDING_PART: Final = 0.05
 # Stands for the slot of permits that were never taken from one.
 _NOWHERE: Final = -1
+
+
+@lru_cache(maxsize=2)
+def _end_s(block: int) -> float:
+    """Gives when a window of the clock's ends: one and the same number for all keys, so that it is at hand."""
+    return (block + 1.0) * WINDOW_SLOTS
 
 
 class _Layer:
@@ -158,7 +165,7 @@ class Share:
             count = int(limit * STANDING_PART / 3) // workers
             if count:
                 # The last ones to be used: they last longest.
-                until_s = (block + 1.0) * WINDOW_SLOTS
+                until_s = _end_s(block)
                 self.layers = (*self.layers, _Layer(_NOWHERE, count, until_s))
                 self.permits.left += count
                 if len(self.layers) == 1:
