@@ -150,6 +150,18 @@ def test_reset_is_when_there_is_room() -> None:
     assert RateState(allowed=True, limit=10, remaining=9, reset_after_s=62) == bench.take()
 
 
+def test_what_leaves_together_leaves_once() -> None:
+    """Of several costs that have left the window since it was last looked at, each makes room once."""
+    bench = Bench(limit=10)
+    for cost in (4, 3, 3):
+        bench.others_take(cost)
+        bench.clock.advance(1.0)
+    bench.need(8)
+    bench.clock.advance(WINDOW_SLOTS - 1.5)
+
+    assert [RateState(allowed=False, limit=10, remaining=7, reset_after_s=1)] * 2 == [bench.take(8), bench.take(8)]
+
+
 def test_requests_that_are_refused_are_asked_for_again() -> None:
     """While many are refused the window is looked at again now and then: others may have given permits back."""
     bench = Bench()

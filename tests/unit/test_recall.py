@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
@@ -223,3 +224,51 @@ async def test_the_time_as_of_which_it_is_judged_is_memorys() -> None:
     assert ANSWER == await behave(pb.ValidateRequest(token=TOKEN).SerializeToString(), unused)
     labels = {"method": "KeyService/Validate"}
     assert 0.25 == metrics.registry.get_sample_value("latchgate_call_seconds_sum", labels)
+
+
+async def test_a_call_that_is_cancelled_while_it_is_looked_up_ends_so() -> None:
+    """Whoever cancels a call finds it cancelled, and it is counted as that."""
+    metrics, never = Metrics(CollectorRegistry()), asyncio.Event()
+
+    class Waiting(Judge):
+        def recall(self, token: bytes, need: Need, local_s: float) -> Verdict | None:
+            """Knows nothing."""
+            del token, need, local_s
+            return None
+
+        async def decide(self, token: str, need: Need) -> Verdict:
+            """Does not come to an end."""
+            del token, need
+            await never.wait()
+            return Verdict(Outcome.VALID, 1)
+
+        def clock(self) -> float:
+            """Stands still."""
+            return CAME_S
+
+    class Unlimited:
+        def time_remaining(self) -> None:
+            """Says that there is no deadline."""
+
+    validator: Any = Waiting()
+    context: Any = Unlimited()
+    unused: Any = None
+    pipeline = Pipeline(metrics, is_validate_open=True)
+    behave = pipeline.recalling(VALIDATE, pipeline.validation(VALIDATE, unused))
+    recall = Recall(validator, AnswerWriter(0.0), metrics.tally("KeyService/Validate"), metrics)
+    backend = Backend(
+        validator=validator,
+        trail=unused,
+        recalls={VALIDATE.full_name: recall.answer},
+        boottime=unused,
+        services={},
+    )
+    pipeline.connect(backend)
+
+    call = asyncio.ensure_future(behave(pb.ValidateRequest(token=TOKEN).SerializeToString(), context))
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    labels = {"method": "KeyService/Validate", "code": "CANCELLED"}
+    assert 1 == metrics.registry.get_sample_value("latchgate_calls_total", labels)
