@@ -57,6 +57,20 @@ def recalling(judge: Judge) -> Recall:
     return Recall(validator, AnswerWriter(0.0), metrics.tally("KeyService/Validate"), metrics)
 
 
+def connect(pipeline: Pipeline, validator: Any, metrics: Metrics) -> None:
+    """Puts a judge behind a pipeline, with nothing else."""
+    unused: Any = None
+    recall = Recall(validator, AnswerWriter(0.0), metrics.tally("KeyService/Validate"), metrics)
+    backend = Backend(
+        validator=validator,
+        trail=unused,
+        recalls={VALIDATE.full_name: recall.answer},
+        boottime=unused,
+        services={},
+    )
+    pipeline.connect(backend)
+
+
 def written(answer: bytes | Coroutine[Any, Any, bytes] | None) -> bytes | None:
     """Gives an answer, and awaits it if it is to be: nothing here takes time."""
     if not isinstance(answer, Coroutine):
@@ -211,15 +225,7 @@ async def test_the_time_as_of_which_it_is_judged_is_memorys() -> None:
     unused: Any = None
     pipeline = Pipeline(metrics, is_validate_open=True)
     behave = pipeline.recalling(VALIDATE, unused)
-    recall = Recall(validator, AnswerWriter(0.0), metrics.tally("KeyService/Validate"), metrics)
-    backend = Backend(
-        validator=validator,
-        trail=unused,
-        recalls={VALIDATE.full_name: recall.answer},
-        boottime=unused,
-        services={},
-    )
-    pipeline.connect(backend)
+    connect(pipeline, validator, metrics)
 
     assert ANSWER == await behave(pb.ValidateRequest(token=TOKEN).SerializeToString(), unused)
     labels = {"method": "KeyService/Validate"}
@@ -255,15 +261,7 @@ async def test_a_call_that_is_cancelled_while_it_is_looked_up_ends_so() -> None:
     unused: Any = None
     pipeline = Pipeline(metrics, is_validate_open=True)
     behave = pipeline.recalling(VALIDATE, pipeline.validation(VALIDATE, unused))
-    recall = Recall(validator, AnswerWriter(0.0), metrics.tally("KeyService/Validate"), metrics)
-    backend = Backend(
-        validator=validator,
-        trail=unused,
-        recalls={VALIDATE.full_name: recall.answer},
-        boottime=unused,
-        services={},
-    )
-    pipeline.connect(backend)
+    connect(pipeline, validator, metrics)
 
     call = asyncio.ensure_future(behave(pb.ValidateRequest(token=TOKEN).SerializeToString(), context))
     await asyncio.sleep(0)
