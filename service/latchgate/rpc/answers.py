@@ -27,8 +27,8 @@ _REMAINING: Final = bytes((pb.RateLimit.REMAINING_FIELD_NUMBER << 3,))
 _Limited = tuple[int, int, list[bytes], bytes]
 """What the answers of VALID for one limit have in common within a second and a revision.
 
-These are the revision; when it ends, in seconds since 1970; what comes before the number of requests that are left, by
-the length of that number; and what comes after it. Without names, because such a tuple is taken apart sooner.
+These are the revision; the reset time, in seconds since 1970; what comes before the number of requests that are left,
+by the length of that number; and what comes after it. Without names, because such a tuple is taken apart sooner.
 """
 
 
