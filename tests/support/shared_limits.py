@@ -83,6 +83,8 @@ class Worker:
 
     def _request(self, limit: int, cost: int) -> None:
         self.asked += 1
+        # Others come all the time, for whose windows those of the past have to go.
+        self.limiter.take(f"another_{self.asked}", limit, 0)
         state = self.limiter.take(KEY, limit, cost)
         if state is None:
             self.loop.create_task(self._ask(limit, cost))

@@ -538,3 +538,56 @@ def test_key_that_is_not_used_any_more_is_let_go_of() -> None:
         bench.exchange()
     assert bench.allotments.is_idle
     assert admitted == bench.used
+
+
+def test_windows_of_the_past_are_let_go_of() -> None:
+    """Keys that are not used any more take no memory for long, while others come: for each new one, two are
+    looked at.
+    """
+    bench = Bench(limit=1000, max_keys=10_000)
+    bench.take()
+    for number in range(200):
+        bench.allotments.take(f"former_{number}", 10, 1)
+    bench.exchange()
+    for number in range(100):
+        bench.take(key_id=f"meanwhile_{number}")
+    assert 301 == len(bench.allotments)
+    bench.exchange()
+    bench.clock.advance(2 * WINDOW_SLOTS)
+    bench.exchange()
+    assert bench.allotments.is_idle
+    # The one that came first is in use.
+    bench.take()
+    for number in range(152):
+        bench.take(key_id=f"new_{number}")
+    assert 153 == len(bench.allotments)
+
+
+def test_standing_permits_are_not_given_twice_to_those_let_go_of() -> None:
+    """A key that has used its standing permits has none again in the same window, however many others come."""
+    bench = Bench(limit=1000, workers=2)
+    bench.exchange()
+    assert [True] * 8 == [bool(bench.take()) for _ in range(8)]
+    for number in range(50):
+        bench.take(0, key_id=f"another_{number}")
+    assert bench.take()
+    assert [KEY] == [ask.key_id for ask in bench.exchange() if ask.charged]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("told_s", 1000.0 - WINDOW_SLOTS),
+        ("block", 1000 // WINDOW_SLOTS),
+        ("free_after_s", 1000.5),
+        ("is_active", True),
+        ("debt", 1),
+        ("backs", ((7, 1),)),
+    ],
+)
+def test_what_still_counts_is_not_of_the_past(name: str, value: object) -> None:
+    """What was told within a window, permits that stand, a debt, what it must not do yet, and what is to be said."""
+    share = Share(KEY, 0.0)
+    assert share.is_past(1000.0)
+    setattr(share, name, value)
+    assert not share.is_past(1000.0)

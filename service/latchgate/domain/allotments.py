@@ -37,6 +37,8 @@ from latchgate.domain.shares import NEVER, WINDOW_SLOTS, Share
 
 # How old what is known may be to tell where a key stands.
 FRESH_S: Final = 1.0
+# How many shares are looked at for each new one.
+LOOKED_AT: Final = 2
 
 
 class Allotments:
@@ -239,31 +241,51 @@ class Allotments:
         del self._active[share.key_id]
 
     def _open(self, key_id: str, now_s: float) -> Share:
-        """Begins to count for a key; makes room for it first.
+        """Begins to count for a key; makes room for it first."""
+        self._let_go_of_past(now_s)
+        if len(self._shares) >= self._max_keys:
+            self._make_room()
+        share = self._shares[key_id] = Share(key_id, now_s)
+        return share
 
-        The one goes that came first of those that were not used since they were last looked at (CLOCK, as in
+    def _let_go_of_past(self, now_s: float) -> None:
+        """Looks at a few, each time at others, and lets go of those of which nothing counts any more.
+
+        More than one, so that of the past there are in the end no more than what is in use.
+        """
+        shares = self._shares
+        for _ in range(min(LOOKED_AT, len(shares))):
+            oldest, share = next(iter(shares.items()))
+            if share.is_past(now_s):
+                self._forget(oldest)
+            else:
+                shares.move_to_end(oldest)
+
+    def _make_room(self) -> None:
+        """Lets go of one.
+
+        The first goes that is found not to have been used since it was last looked at (CLOCK, as in
         latchgate.domain.cache). What there is something to report of stays: of that there is no more than what comes in
         a minute.
         """
-        shares = self._shares
-        if len(shares) >= self._max_keys:
-            idle = None
-            for _ in range(MAX_CHANCES):
-                oldest, share = next(iter(shares.items()))
-                if not share.is_active:
-                    idle = idle or oldest
-                    if share.seen == share.permits.used:
-                        idle = oldest
-                        break
-                share.seen = share.permits.used
-                shares.move_to_end(oldest)
-            if idle is not None:
-                # Whoever still holds it finds no permits in it.
-                permits = shares.pop(idle).permits
-                permits.left = permits.used = 0
-                permits.until_s = NEVER
-        share = shares[key_id] = Share(key_id, now_s)
-        return share
+        shares, idle = self._shares, None
+        for _ in range(MAX_CHANCES):
+            oldest, share = next(iter(shares.items()))
+            if not share.is_active:
+                idle = idle or oldest
+                if share.seen == share.permits.used:
+                    idle = oldest
+                    break
+            share.seen = share.permits.used
+            shares.move_to_end(oldest)
+        if idle is not None:
+            self._forget(idle)
+
+    def _forget(self, key_id: str) -> None:
+        # Whoever still holds them finds no permits in them.
+        permits = self._shares.pop(key_id).permits
+        permits.left = permits.used = 0
+        permits.until_s = NEVER
 
 
 def _tell(share: Share, limit: int, cost: int, now_s: float) -> RateState | None:

@@ -111,6 +111,15 @@ class Share:
         # Which time that the store was lost its part of a local window was begun for.
         self.lost_s = NEVER
 
+    def is_past(self, now_s: float) -> bool:
+        """Says whether nothing of it counts any more, so that a new one in its place would do the same."""
+        return (
+            now_s - self.told_s > WINDOW_SLOTS
+            and now_s // WINDOW_SLOTS > self.block
+            and self.free_after_s <= now_s
+            and not (self.is_active or self.debt or self.backs)
+        )
+
     def age(self, now_s: float) -> None:
         """Takes account of what has left the window, and of permits that have expired."""
         if self.leaves and self.leaves[0][0] <= now_s:
