@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=300.0, help="calls of Validate a second (%(default)s)")
     parser.add_argument("--samples", type=Path, default=SAMPLES, help="the file of samples (build/soak.csv)")
     parser.add_argument("--output", type=Path, help="write the page to this file, and the picture beside it")
+    command.take_note(parser)
     arguments = parser.parse_args()
     plan = Plan(
         seconds=arguments.minutes * 60,
@@ -71,7 +72,7 @@ def main() -> int:
     if output is not None:
         picture = output.with_suffix(".svg")
         picture.write_text(soak_page.picture(soaked))
-        output.write_text(soak_page.write(soaked, picture.name))
+        output.write_text(soak_page.write(soaked, picture.name, arguments.note))
         say(f"written: {output.name}, {picture.name}")
     return 0 if soaked.is_clean else 1
 

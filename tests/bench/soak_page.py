@@ -148,8 +148,8 @@ def picture(soaked: Soaked) -> str:
     return draw(panels, f"{WORKERS} workers under steady load, over minutes")
 
 
-def write(soaked: Soaked, picture_name: str) -> str:
-    """Writes the page."""
+def write(soaked: Soaked, picture_name: str, note: str = "") -> str:
+    """Writes the page, with a note on how the machine was used besides."""
     blocks = (
         "# An hour of steady load",
         paragraph(
@@ -167,7 +167,7 @@ def write(soaked: Soaked, picture_name: str) -> str:
         bullets(_method(soaked)),
         "## Machine",
         paragraph(
-            machine_line(len(os.sched_getaffinity(0))) + " Workers, PostgreSQL and the clients shared its cores."
+            f"{machine_line(len(os.sched_getaffinity(0)))} Workers, PostgreSQL and the clients shared its cores. {note}"
         ),
         "## Repeat it",
         "```\nmake soak\n```",

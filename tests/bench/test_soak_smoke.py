@@ -183,13 +183,14 @@ def test_what_went_wrong_is_said() -> None:
     )
 
     assert not _soaked(tally).is_clean
-    page = " ".join(soak_page.write(_soaked(tally), "soak.svg").split())
+    page = " ".join(soak_page.write(_soaked(tally), "soak.svg", "Tests ran beside it.").split())
     for line in (
         "**1 were wrong**",
         "**1 UNAVAILABLE (Validate)**",
         "a key just revoked was answered with OUTCOME_VALID, not OUTCOME_REVOKED",
         "Validate failed: UNAVAILABLE: away",
         "does not tell its number of tasks",
+        "the clients shared its cores. Tests ran beside it.",
     ):
         assert line in page
 
