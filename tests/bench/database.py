@@ -107,13 +107,19 @@ class Cluster:
         finally:
             await self._connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
-    async def cpu_s(self) -> float | None:
-        """Gives the processor time of the service's connections so far; None if they are not on this machine."""
-        rows = await self._connection.fetch("SELECT pid FROM pg_stat_activity WHERE application_name = 'latchgate'")
+    async def cpu_s(self, url: str) -> dict[int, float] | None:
+        """Gives the processor time of each of the service's connections to a database, in seconds, by process.
+
+        None if they are not on this machine.
+        """
+        rows = await self._connection.fetch(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'latchgate' AND datname = $1",
+            urlsplit(url).path.removeprefix("/"),
+        )
         pids = [row["pid"] for row in rows]
         if not all(process_name(pid) == "postgres" for pid in pids):
             return None
-        return sum(process_cpu_s(pid) for pid in pids)
+        return {pid: process_cpu_s(pid) for pid in pids}
 
 
 @asynccontextmanager

@@ -36,7 +36,7 @@ from apikeys.v1.key_service_pb2_grpc import KeyServiceStub  # noqa: E402 - the s
 from bench import command, database, servers  # noqa: E402 - found by the line above
 from bench.command import positive, say  # noqa: E402 - the same
 from bench.database import Cluster, Seeded  # noqa: E402 - the same
-from bench.machine import BenchError, own_cpu_s  # noqa: E402 - the same
+from bench.machine import BenchError, grown_s, own_cpu_s  # noqa: E402 - the same
 from bench.page import machine_line, paragraph  # noqa: E402 - the same
 from bench.report import Rows, as_markdown, as_text, spread  # noqa: E402 - the same
 from latchgate.domain.allotments import Allotments  # noqa: E402 - the same
@@ -175,11 +175,11 @@ async def _load(cluster: Cluster, seeded: Seeded, load: tuple[int, int, int], se
 
     # In the first part all keys are new: it is not counted.
     await _drive(call, names, rate, max(seconds / 3, 1.5 * keys / rate))
-    waits, server_s = limiter.waits, await cluster.cpu_s()
+    waits, server_s = limiter.waits, await cluster.cpu_s(seeded.url)
     statements.keys.clear()
     statements.seconds.clear()
     calls, span_s, cpu_s = await _drive(call, names, rate, seconds)
-    server_after_s, waits = await cluster.cpu_s(), limiter.waits - waits
+    server_after_s, waits = await cluster.cpu_s(seeded.url), limiter.waits - waits
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await limiter.close()
@@ -188,7 +188,8 @@ async def _load(cluster: Cluster, seeded: Seeded, load: tuple[int, int, int], se
     if statements.failed:
         raise BenchError("statements failed: the machine has too much else to do")
     idle_calls, _, idle_s = await _drive(lambda _: None, names, rate, seconds / 3)
-    server = "" if server_s is None or server_after_s is None else f"{(server_after_s - server_s) / calls * 1e6:.1f}"
+    used_s = None if server_s is None or server_after_s is None else grown_s(server_s, server_after_s)
+    server = "" if used_s is None else f"{used_s / calls * 1e6:.1f}"
     return (
         f"{keys:,}",
         f"{limit:,}",

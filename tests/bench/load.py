@@ -14,9 +14,11 @@ import os
 import random
 import re
 import shutil
+import signal
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,21 @@ TURN_S = 0.002
 PATIENCE_S = 15.0
 """For how long after its time h2load may go on."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Some time, in seconds since 1970. Calls that began after `told_s` may have been told of too late."""
+
+    begin_s: float
+    told_s: float
+    end_s: float
+
+    @property
+    def lasts_s(self) -> float:
+        """How long it is."""
+        return self.end_s - self.begin_s
+
+
 Feed = Callable[[], bytes]
 """Gives a body, each time another one, of one and the same length."""
 
@@ -40,10 +57,9 @@ _DATA = re.compile(r"^traffic: .*\((\d+)\) data$", re.MULTILINE)
 class Burst:
     """What one run of all h2load processes saw.
 
-    `per_s` is counted over the time during which every process was at work. `started` counts also what was under way
-    when the time was up. `data_bytes` is what came as bodies of answers. `core_share` is for how much of the time the
-    load's cores were busy, whoever ran on them. `bodies` counts the bodies that were laid before h2load, of
-    which it may have sent one twice and another one never.
+    `per_s` is counted over the time during which every process was at work, or some windows of it. `started` counts
+    also what was under way when the time was up. `data_bytes` is what came as bodies of answers. `bodies` counts the
+    bodies that were laid before h2load, of which it may have sent one twice and another one never.
     """
 
     per_s: float
@@ -53,7 +69,6 @@ class Burst:
     succeeded: int
     failed: int
     data_bytes: int
-    core_share: float
     bodies: int = 0
 
 
@@ -90,7 +105,6 @@ class Load:
         self._pace = [] if each_per_s is None else [f"--rps={each_per_s}"]
         self._niceness = niceness
         self._turn_s = turn_s
-        self._bodies = 0
         self._paths = [folder / f"body-{number}" for number in range(processes)]
         folder.mkdir(exist_ok=True)
 
@@ -100,25 +114,23 @@ class Load:
 
     async def fed(self, url: str, feeds: Sequence[Feed], seconds: float) -> Burst:
         """Loads a server for so long, each process with the bodies of a feed. Raises BenchError if h2load fails."""
-        async with AsyncExitStack() as stack:
-            self._bodies = len(feeds)
-            views = [stack.enter_context(_mapped(path, feed())) for path, feed in zip(self._paths, feeds, strict=True)]
-            if self._turn_s is not None:
-                await stack.enter_async_context(_cancelled_at_the_end(self._turn(views, feeds, self._turn_s)))
-            running = [await stack.enter_async_context(self._running(url, path, seconds)) for path in self._paths]
-            began_s, busy_s = time.monotonic(), self._busy_s()
-            try:
-                async with asyncio.timeout(seconds + PATIENCE_S):
-                    outputs = [(await process.communicate())[0].decode() for process in running]
-            except TimeoutError:
-                raise BenchError("h2load does not come to an end") from None
-            core_share = (self._busy_s() - busy_s) / (time.monotonic() - began_s)
-        if any(process.returncode for process in running):
-            raise BenchError(f"h2load failed: {outputs[0].strip().splitlines()[-1:]}")
-        burst = evaluated(outputs, [_log_of(path).read_text() for path in self._paths], core_share=core_share)
-        return replace(burst, bodies=self._bodies)
+        async with self.calling(url, feeds, seconds) as callers:
+            return await callers.burst()
 
-    def _busy_s(self) -> float:
+    @asynccontextmanager
+    async def calling(self, url: str, feeds: Sequence[Feed], seconds: float) -> AsyncIterator[Callers]:
+        """Has all processes call a server, each for so long; those that still do when the block ends are killed."""
+        async with AsyncExitStack() as stack:
+            views = [stack.enter_context(_mapped(path, feed())) for path, feed in zip(self._paths, feeds, strict=True)]
+            callers = Callers([_log_of(path) for path in self._paths], time.monotonic() + seconds)
+            if self._turn_s is not None:
+                await stack.enter_async_context(_cancelled_at_the_end(callers.turn(views, feeds, self._turn_s)))
+            for path in self._paths:
+                callers.processes.append(await stack.enter_async_context(self._running(url, path, seconds)))
+            yield callers
+
+    def busy_s(self) -> float:
+        """Gives for how long its cores were busy since the machine was started, on average, whoever ran on them."""
         return sum(map(core_busy_s, self._cores)) / len(self._cores)
 
     @asynccontextmanager
@@ -138,7 +150,8 @@ class Load:
                 url,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,
+                # Out of reach of a Ctrl-C at the terminal, but not of the system if this process is gone: it may stand.
+                process_group=0,
             )
         try:
             if self._niceness:
@@ -149,13 +162,54 @@ class Load:
                 process.kill()
                 await asyncio.shield(process.wait())
 
-    async def _turn(self, views: Sequence[mmap.mmap], feeds: Sequence[Feed], turn_s: float) -> None:
+
+class Callers:
+    """The h2load processes of a load that is under way."""
+
+    def __init__(self, logs: Sequence[Path], until_s: float) -> None:
+        """Takes where they log, and when they are done, by the monotonic clock."""
+        self.processes: list[asyncio.subprocess.Process] = []
+        self._logs = logs
+        self._until_s = until_s
+        self._bodies = len(logs)
+        self._is_paused = False
+
+    def pause(self) -> None:
+        """Stops them where they are: no call begins, and no answer is read."""
+        self._is_paused = True
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Has them go on."""
+        self._signal(signal.SIGCONT)
+        self._is_paused = False
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            # Of one that has ended `burst` tells.
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    async def turn(self, views: Sequence[mmap.mmap], feeds: Sequence[Feed], turn_s: float) -> None:
         """Replaces the bodies again and again."""
         while True:
             await asyncio.sleep(turn_s)
-            for view, feed in zip(views, feeds, strict=True):
-                view[:] = feed()
-            self._bodies += len(views)
+            if not self._is_paused:
+                for view, feed in zip(views, feeds, strict=True):
+                    view[:] = feed()
+                self._bodies += len(views)
+
+    async def burst(self, windows: Sequence[Window] = ()) -> Burst:
+        """Waits until they are done, and counts, within the windows if there are any. Raises BenchError."""
+        try:
+            async with asyncio.timeout(self._until_s + PATIENCE_S - time.monotonic()):
+                outputs = [(await process.communicate())[0].decode() for process in self.processes]
+        except TimeoutError:
+            raise BenchError("h2load does not come to an end") from None
+        if any(process.returncode for process in self.processes):
+            raise BenchError(f"h2load failed: {outputs[0].strip().splitlines()[-1:]}")
+        burst = evaluated(outputs, [log.read_text() for log in self._logs], windows)
+        return replace(burst, bodies=self._bodies)
 
 
 @asynccontextmanager
@@ -177,7 +231,7 @@ def _log_of(body: Path) -> Path:
     return body.with_suffix(".log")
 
 
-def evaluated(outputs: Sequence[str], logs: Sequence[str], *, core_share: float) -> Burst:
+def evaluated(outputs: Sequence[str], logs: Sequence[str], windows: Sequence[Window] = ()) -> Burst:
     """Reads what h2load has printed and logged, process by process. Raises BenchError if that gives no figures."""
     counts = [match for output in outputs if (match := _REQUESTS.search(output))]
     data = [match for output in outputs if (match := _DATA.search(output))]
@@ -187,21 +241,44 @@ def evaluated(outputs: Sequence[str], logs: Sequence[str], *, core_share: float)
     calls = [[_call(line) for line in log.splitlines()] for log in logs]
     if not all(calls):
         raise BenchError("a connection of h2load was given no answer at all")
-    # A process logs in the order of the answers; all were at work from the last first answer to the first last one.
-    begin, end = max(each[0][0] for each in calls), min(each[-1][0] for each in calls)
-    taken = sorted(took for each in calls for at, took in each if begin < at <= end)
-    if not taken:
-        raise BenchError("the connections of h2load were never at work at the same time; give it more seconds")
+    counted, took_us, lasted_s = _within(windows, calls) if windows else _all_at_work(calls)
+    if not counted or not took_us:
+        raise BenchError("h2load was answered nothing while it was counted; give it more seconds")
     return Burst(
-        per_s=len(taken) * 1e6 / (end - begin),
-        p50_ms=taken[len(taken) // 2] / 1000,
-        p99_ms=taken[len(taken) * 99 // 100] / 1000,
+        per_s=counted / lasted_s,
+        p50_ms=took_us[len(took_us) // 2] / 1000,
+        p99_ms=took_us[len(took_us) * 99 // 100] / 1000,
         started=started,
         succeeded=succeeded,
         failed=failed,
         data_bytes=sum(int(match[1]) for match in data),
-        core_share=core_share,
     )
+
+
+Calls = Sequence[Sequence[tuple[int, int]]]
+"""When each call of each process was answered and how long it took, both in microseconds, in the order of answers."""
+
+
+def _all_at_work(calls: Calls) -> tuple[int, list[int], float]:
+    """Gives how many calls were answered while all processes were at work, how long each took, and how long that was.
+
+    All were at work from the last first answer to the first last one.
+    """
+    begin, end = max(each[0][0] for each in calls), min(each[-1][0] for each in calls)
+    taken = sorted(took for each in calls for at, took in each if begin < at <= end)
+    return len(taken), taken, (end - begin) / 1e6
+
+
+def _within(windows: Sequence[Window], calls: Calls) -> tuple[int, list[int], float]:
+    """Gives the same of windows, with how long those took that were told in time."""
+    answered = sorted(at for each in calls for at, _ in each)
+    begun = sorted((at - took, took) for each in calls for at, took in each)
+    counted, took_us = 0, []
+    for window in windows:
+        begin, told, end = (at_s * 1e6 for at_s in (window.begin_s, window.told_s, window.end_s))
+        counted += bisect_right(answered, end) - bisect_right(answered, begin)
+        took_us += [took for _, took in begun[bisect_left(begun, (begin, 0)) : bisect_left(begun, (told, 0))]]
+    return counted, sorted(took_us), sum(window.lasts_s for window in windows)
 
 
 def _call(line: str) -> tuple[int, int]:

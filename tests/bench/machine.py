@@ -6,8 +6,8 @@ import os
 import platform
 import resource
 import socket
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -72,10 +72,19 @@ def process_cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
-def threads_cpu_s(pid: int) -> float:
-    """Gives the processor time of the threads that a process has now, in seconds, to the nanosecond."""
-    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
-    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+def threads_cpu_s(pid: int) -> dict[int, float]:
+    """Gives the processor time of each thread that a process has now, in seconds, to the nanosecond."""
+    used_s = {}
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        # One may end meanwhile.
+        with suppress(OSError):
+            used_s[int(thread.name)] = int((thread / "schedstat").read_text().split()[0]) / 1e9
+    return used_s
+
+
+def grown_s(before_s: Mapping[int, float], after_s: Mapping[int, float]) -> float:
+    """Gives by how much processor times have grown: not by those of who has ended, and by all of who has begun."""
+    return sum(used_s - before_s.get(each, 0.0) for each, used_s in after_s.items())
 
 
 def own_cpu_s() -> float:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 
 from bench import report
+from bench.alternation import GAP_S, LEAD_S, SLICE_S
 from bench.load import TURN_S
 from bench.machine import Layout, cpu_model, versions
 from bench.report import spread
-from bench.rounds import Plan, Results
+from bench.rounds import NICENESS, Plan, Results
 from latchgate.rpc.server import SERVERS
 
 WIDTH = 120
@@ -34,13 +35,13 @@ def write(plan: Plan, layout: Layout, results: Results, note: str) -> str:
         "## Machine",
         bullets([*_machine(layout, results), *([note] if note else [])]),
         "## Every round",
-        "The ratio is that to the mean of the two turns of the no-op beside it.",
+        "The no-op is the one that was called by turns with that server.",
         report.as_markdown(report.rounds(results)),
         "## Repeat it",
         "```\nmake bench\n```",
         paragraph(
             "It needs Linux, two cores, ten gigabytes of disk and `h2load` (on Debian and Ubuntu: `apt-get install"
-            " nghttp2-client`), and takes about twenty minutes, of which six are for filling the databases. With"
+            " nghttp2-client`), and takes about half an hour, of which six are for filling the databases. With"
             " `LATCHGATE_DATABASE_URL` it uses a PostgreSQL server of yours: it makes databases of its own there, and"
             " drops them. `python tests/bench/run.py --help` lists what can be varied. A run with options writes no"
             " page, unless `--output` names a file."
@@ -66,18 +67,23 @@ def _method(plan: Plan, results: Results) -> Iterator[str]:
         " service's choice of options and scheduling."
     )
     yield (
-        f"**Turns**: no-op, a server, no-op, another server and so on, {plan.seconds:g} s each, over all of a database"
-        " in a round, in each round another one first; what changes on the machine changes the no-op's turns as well. A"
-        " first round is not counted. The servers of one database come after those of another, because each that runs"
-        " beside others takes something from them. After its turn a service writes what it has yet to write of how keys"
-        " were used, and is waited for: in its own turn it writes as it would all day long, in the no-op's nothing."
+        f"**Turns**: each server is called by turns with the no-op, {SLICE_S:g} s the one and {SLICE_S:g} s the"
+        f" other, until each was called for {plan.seconds:g} s; then the next server, in an order drawn anew for each"
+        " round. Whatever the machine does for longer than that, it does to both. Before each such slice nobody is"
+        f" called for {GAP_S * 1000:g} ms, and then the one whose turn it is for {LEAD_S * 1000:g} ms that are not"
+        " counted: until then the processor's caches are as the other has left them. What a server does while the"
+        " other is called is charged to it: its processor time then is added to its own time, and taken off the"
+        " other's. A first round is not counted. All servers run all the time: what those take that are not asked,"
+        " they take from both alike. Every five seconds a service writes how keys were used, which comes in some"
+        " turns and in others not; after its turn it is waited for."
     )
     yield (
-        f"**Load**: {plan.processes} processes of `h2load`, each with one connection and one request at a time. h2load"
-        " sends one body for ever, but reads it anew from its file for each request, and every"
-        f" {TURN_S * 1000:g} ms each file is given another token: drawn at random from those of {plan.in_use:,} keys"
-        " that lie evenly among all, or of all keys where there are fewer, so that nothing but the number of keys in"
-        " the database changes. Servers by whose names more are in use are asked for as many."
+        f"**Load**: {plan.processes} processes of `h2load` for each of the two, with one connection and one request"
+        f" at a time, and a niceness of {NICENESS}: PostgreSQL comes first where it has to share their core. h2load"
+        f" sends one body for ever, but reads it anew from its file for each request, and every {TURN_S * 1000:g} ms"
+        f" each file is given another token: drawn at random from those of {plan.in_use:,} keys that lie evenly among"
+        " all, or of all keys where there are fewer, so that nothing but the number of keys in the database changes."
+        " Servers by whose names more are in use are asked for as many."
         + (f" By the last uses in the database, {asked} keys were asked for." if asked else "")
     )
     yield (
@@ -88,9 +94,10 @@ def _method(plan: Plan, results: Results) -> Iterator[str]:
         " and nearly as many as the answers from the database."
     )
     yield (
-        "**Measured**: calls a second while all h2load processes were at work, and the time from request to answer,"
-        " both from h2load's log of every call; CPU from `/proc`: the servers' with all of their threads, PostgreSQL's"
-        " that of the service's connections; keys a statement from the service's metrics."
+        "**Measured**: calls a second, and the time from request to answer of those that began early enough in a"
+        " slice to be told of in time, both from h2load's log of every call; CPU from `/proc`: the servers' with all"
+        " of their threads, PostgreSQL's that of the service's connections to its database; keys a statement from the"
+        " service's metrics."
     )
 
 
@@ -102,8 +109,9 @@ def _machine(layout: Layout, results: Results) -> Iterator[str]:
         postgres = "and PostgreSQL shared that core with it"
     else:
         postgres = "PostgreSQL on the rest"
-    own = spread([turn.server_share * 100 for turn in results.turns], ".0f")
-    busy = spread([turn.burst.core_share * 100 for turn in results.turns], ".0f")
+    validate = [turn.server for turn in results.turns if turn.name in results.keys]
+    own = spread([each.core_share * 100 for each in validate], ".0f")
+    busy = spread([each.load_share * 100 for each in validate], ".0f")
     yield (
         f"The servers ran on core {layout.server} and on no other, one under load at a time; h2load on core"
         f" {layout.load}, {postgres}. While Validate was measured it used {own} % of its core's time, and h2load's core"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from bench.rounds import ComparedTurn, Results
+from bench.rounds import Results, Turn
 from bench.servers import PLAIN, SINGLE, Source
 
 # Validate over the no-op, that with the most keys over that with the least, and over grpc.aio as it comes.
@@ -28,7 +28,7 @@ _HEAD = (
     "PostgreSQL CPU, µs/call",
     "keys a statement",
 )
-_ROUNDS_HEAD = ("round", "server", "calls/s", "no-op before", "no-op after", "ratio")
+_ROUNDS_HEAD = ("round", "server", "calls/s", "no-op, calls/s", "ratio")
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -42,12 +42,12 @@ def summary(results: Results) -> Rows:
     return [_HEAD, *(_row(name, _turns(results, name)) for name in (*results.keys, SINGLE, PLAIN))]
 
 
-def _turns(results: Results, name: str) -> list[ComparedTurn]:
+def _turns(results: Results, name: str) -> list[Turn]:
     return [turn for turn in results.turns if turn.name == name]
 
 
-def _row(name: str, turns: list[ComparedTurn]) -> tuple[str, ...]:
-    def column(value: Callable[[ComparedTurn], float], form: str) -> str:
+def _row(name: str, turns: list[Turn]) -> tuple[str, ...]:
+    def column(value: Callable[[Turn], float], form: str) -> str:
         return spread([value(turn) for turn in turns], form)
 
     lookups = [turn.lookups for turn in turns if turn.lookups is not None]
@@ -55,13 +55,13 @@ def _row(name: str, turns: list[ComparedTurn]) -> tuple[str, ...]:
     statements = [each.digests_per_statement for each in lookups if each.digests_per_statement]
     return (
         name,
-        column(lambda turn: turn.burst.per_s, ",.0f"),
-        column(lambda turn: turn.noop_per_s, ",.0f"),
+        column(lambda turn: turn.server.per_s, ",.0f"),
+        column(lambda turn: turn.noop.per_s, ",.0f"),
         column(lambda turn: turn.ratio, ".2f"),
-        column(lambda turn: turn.burst.p50_ms, ".1f"),
-        column(lambda turn: turn.burst.p99_ms, ".1f"),
-        column(lambda turn: turn.server_cpu_us, ".0f"),
-        column(lambda turn: turn.before.server_cpu_us, ".0f"),
+        column(lambda turn: turn.server.burst.p50_ms, ".1f"),
+        column(lambda turn: turn.server.burst.p99_ms, ".1f"),
+        column(lambda turn: turn.server.server_cpu_us, ".0f"),
+        column(lambda turn: turn.noop.server_cpu_us, ".0f"),
         spread(postgres, ".0f") if postgres else "-",
         spread(statements, ".1f") if statements else "-",
     )
@@ -72,8 +72,8 @@ def rounds(results: Results) -> Rows:
     return [_ROUNDS_HEAD, *(_round_row(turn) for turn in results.turns)]
 
 
-def _round_row(turn: ComparedTurn) -> tuple[str, ...]:
-    rates = (turn.burst.per_s, turn.before.burst.per_s, turn.after.burst.per_s)
+def _round_row(turn: Turn) -> tuple[str, ...]:
+    rates = (turn.server.per_s, turn.noop.per_s)
     return (str(turn.round), turn.name, *(f"{rate:,.0f}" for rate in rates), f"{turn.ratio:.3f}")
 
 
@@ -121,7 +121,7 @@ def _compared(what: str, values: Sequence[float], wanted: str, *, is_reached: bo
 
 def warnings(results: Results) -> list[str]:
     """Says what speaks against the figures."""
-    shares = [share for turn in results.turns for share in (turn.server_share, turn.before.server_share)]
+    shares = [share for turn in results.turns for share in (turn.server.core_share, turn.noop.core_share)]
     starved = sum(share < STARVED_SHARE for share in shares)
     if not starved:
         return []

@@ -1,20 +1,21 @@
-"""The measurement: rounds in which the no-op and the service on each database take turns."""
+"""The measurement: rounds in which each server is called by turns with the no-op."""
 
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from bench import database, servers
-from bench.database import Cluster
+from bench.alternation import Called, by_turns
+from bench.database import Cluster, Seeded
 from bench.load import Burst, Load
-from bench.machine import BenchError, Layout, process_cpu_s
+from bench.machine import BenchError, Layout, grown_s
 from bench.servers import Service, Source, Target
 
 FRAME_BYTES = 5
@@ -22,6 +23,8 @@ FRAME_BYTES = 5
 SIZE_TOLERANCE_BYTES = 8
 MOST_LOOKUPS, LEAST_LOOKUPS = 0.001, 0.9
 MOST_TORN = 0.001
+NICENESS = 10
+"""The load's. PostgreSQL, which may have to share its core, comes first, as it would with a machine of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,19 +40,6 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """One server under load for the seconds of a turn. The processor time is that of one call."""
-
-    burst: Burst
-    server_cpu_us: float
-
-    @property
-    def server_share(self) -> float:
-        """How much of its core's time the server used."""
-        return self.server_cpu_us * self.burst.per_s / 1e6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Lookups:
     """What the database was asked in a turn; the processor time is that of one call, None if it is not known."""
 
@@ -59,31 +49,26 @@ class Lookups:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComparedTurn(Turn):
-    """A server under load, with the no-op's turns before and after it."""
+class Turn:
+    """A server, and the no-op that was called by turns with it."""
 
     name: str
     round: int
-    before: Turn
-    after: Turn
+    server: Called
+    noop: Called
     lookups: Lookups | None
-
-    @property
-    def noop_per_s(self) -> float:
-        """What the no-op did around it."""
-        return statistics.mean([self.before.burst.per_s, self.after.burst.per_s])
 
     @property
     def ratio(self) -> float:
         """Its throughput over the no-op's."""
-        return self.burst.per_s / self.noop_per_s
+        return self.server.per_s / self.noop.per_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
     """All that was measured. The turns of the warm-up are left out."""
 
-    turns: Sequence[ComparedTurn]
+    turns: Sequence[Turn]
     keys: dict[str, int]
     sources: dict[str, Source]
     request_bytes: int
@@ -110,34 +95,34 @@ async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
             databases.append(await stack.enter_async_context(cluster.seeded(keys)))
             say(f"seeded {keys:,} {'key' if keys == 1 else 'keys'} in {time.monotonic() - started_s:.0f} s")
         rng = random.Random(plan.seed)  # noqa: S311 - which keys are asked for is no secret
-        load = Load(cores=[layout.load], processes=plan.processes, folder=folder / "load", rng=rng)
-        turns: list[ComparedTurn] = []
-        services: list[Service] = []
-        for each in databases:
-            async with AsyncExitStack() as running:
-                # As many keys in use with any number of them; and, where that is the most, more as well.
-                in_use = {plan.in_use: ""}
-                if each is databases[-1] and len(each.tokens) > plan.in_use:
-                    in_use[len(each.tokens)] = f", {len(each.tokens):,} in use"
-                own = [
-                    await running.enter_async_context(
-                        servers.service(each, source, layout.server, folder, in_use=count, beside=beside)
-                    )
-                    for count, beside in in_use.items()
-                    for source in Source
-                    # A single key is in a memory of any size.
-                    if source is Source.MEMORY or each.keys > 1
-                ]
-                answer = own[-1].answer
-                yardstick = await running.enter_async_context(servers.noop(answer, layout.server, folder))
-                targets: list[Target] = [*own]
-                if each is databases[0]:
-                    targets.append(
-                        await running.enter_async_context(servers.single_noop(answer, layout.server, folder))
-                    )
-                    targets.append(await running.enter_async_context(servers.plain_noop(answer, layout.server, folder)))
-                turns += await _Comparison(plan, load, cluster, yardstick, say).run(targets, own[-1].bodies)
-            services += own
+        loads = tuple(
+            Load(
+                cores=[layout.load],
+                processes=plan.processes,
+                folder=folder / f"load-{number}",
+                rng=rng,
+                niceness=NICENESS,
+            )
+            for number in range(2)
+        )
+        async with AsyncExitStack() as running:
+            services = [
+                await running.enter_async_context(
+                    servers.service(each, source, layout.server, folder, in_use=count, beside=beside)
+                )
+                for each in databases
+                for count, beside in _in_use(each, plan, is_largest=each is databases[-1])
+                for source in Source
+                # A single key is in a memory of any size.
+                if source is Source.MEMORY or each.keys > 1
+            ]
+            answer = services[-1].answer
+            yardstick, *others = [
+                await running.enter_async_context(start(answer, layout.server, folder))
+                for start in (servers.noop, servers.single_noop, servers.plain_noop)
+            ]
+            comparison = _Comparison(plan, (loads[0], loads[1]), cluster, yardstick, say)
+            turns = await comparison.run([*services, *others], services[-1].bodies)
         return Results(
             turns=turns,
             keys={each.name: each.seeded.keys for each in services},
@@ -154,91 +139,90 @@ async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
         )
 
 
-class _Comparison:
-    """Alternates between the no-op and the services: no-op, service, no-op, service ... no-op."""
+def _in_use(seeded: Seeded, plan: Plan, *, is_largest: bool) -> list[tuple[int, str]]:
+    """Gives how many keys are to be in use, and what is said of that in a name.
 
-    def __init__(self, plan: Plan, load: Load, cluster: Cluster, yardstick: Target, say: Say) -> None:
+    They are as many with any number of keys; with the most, others are asked for more as well.
+    """
+    more = len(seeded.tokens)
+    return [(plan.in_use, ""), *([(more, f", {more:,} in use")] if is_largest and more > plan.in_use else [])]
+
+
+class _Comparison:
+    """Has each server called by turns with the no-op."""
+
+    def __init__(self, plan: Plan, loads: tuple[Load, Load], cluster: Cluster, yardstick: Target, say: Say) -> None:
         self._plan = plan
-        self._load = load
+        self._loads = loads
         self._cluster = cluster
         self._yardstick = yardstick
         self._say = say
+        # One of their own for the order, which is the same each time so.
+        self._order, self._choice = (random.Random(plan.seed + number) for number in range(2))  # noqa: S311 - no secret
 
-    async def run(self, targets: Sequence[Target], bodies: Sequence[bytes]) -> list[ComparedTurn]:
+    async def run(self, targets: Sequence[Target], bodies: Sequence[bytes]) -> list[Turn]:
         """Gives the turns of the counted rounds, one of each server a round; a round of warming up comes first.
 
-        The no-ops are sent any of the bodies.
+        The order is drawn anew for each round, so that none always follows the same one. No-ops are sent any of the
+        bodies, where the server beside has none of its own.
         """
-        turns = 1 + 2 * len(targets) * (self._plan.rounds + 1)
-        self._say(f"measuring: {turns} turns of {self._plan.seconds:g} s")
+        turns = len(targets) * (self._plan.rounds + 1)
+        self._say(f"measuring: {turns} turns of {self._plan.seconds:g} s for each of two")
         counted = []
-        before = await self._noop(self._yardstick, bodies)
         for number in range(self._plan.rounds + 1):
-            # Another one comes first in each round, so that none always follows the same one.
-            first = number % len(targets)
-            for target in (*targets[first:], *targets[:first]):
+            for target in self._order.sample(targets, len(targets)):
                 if isinstance(target, Service):
-                    if target.source is Source.MEMORY:
-                        # Each time: nothing stays in memory for ever.
-                        await target.warm()
-                    await target.check_answers()
-                    turn, lookups = await self._service(target)
-                    await target.check_answers()
-                    # What it has yet to write would be taken from the no-op's turn.
-                    await target.written()
+                    turn = await self._service(number, target)
                 else:
-                    turn, lookups = await self._noop(target, bodies), None
-                after = await self._noop(self._yardstick, bodies)
-                compared = ComparedTurn(
-                    name=target.name,
-                    round=number,
-                    burst=turn.burst,
-                    server_cpu_us=turn.server_cpu_us,
-                    before=before,
-                    after=after,
-                    lookups=lookups,
-                )
-                before = after
-                self._report(compared)
+                    turn = await self._turn(number, target, bodies)
+                self._report(turn)
                 if number:
-                    counted.append(compared)
+                    counted.append(turn)
         return counted
 
-    def _report(self, turn: ComparedTurn) -> None:
+    def _report(self, turn: Turn) -> None:
+        burst = turn.server.burst
         self._say(
-            f"{f'round {turn.round}' if turn.round else 'warm-up':8} {turn.name:26} "
-            f"{turn.burst.per_s:7,.0f}/s  no-op {turn.noop_per_s:7,.0f}/s  ratio {turn.ratio:.3f}  "
-            f"p50 {turn.burst.p50_ms:.1f} ms  p99 {turn.burst.p99_ms:.1f} ms  server {turn.server_cpu_us:.0f} us/call"
+            f"{f'round {turn.round}' if turn.round else 'warm-up':8} {turn.name:40} "
+            f"{turn.server.per_s:7,.0f}/s  no-op {turn.noop.per_s:7,.0f}/s  ratio {turn.ratio:.3f}  "
+            f"p50 {burst.p50_ms:.1f} ms  p99 {burst.p99_ms:.1f} ms  server {turn.server.server_cpu_us:.0f} us/call"
         )
 
-    async def _noop(self, target: Target, bodies: Sequence[bytes]) -> Turn:
-        turn = await self._turn(target, bodies)
-        check_sizes(turn.burst, target)
-        return turn
-
-    async def _service(self, service: Service) -> tuple[Turn, Lookups]:
-        figures, postgres_s = await service.figures(), await self._cluster.cpu_s()
-        turn = await self._turn(service, service.bodies)
-        postgres_after_s = await self._cluster.cpu_s()
+    async def _service(self, number: int, service: Service) -> Turn:
+        if service.source is Source.MEMORY:
+            # Each time: nothing stays in memory for ever.
+            await service.warm()
+        await service.check_answers()
+        figures, postgres_s = await service.figures(), await self._cluster.cpu_s(service.seeded.url)
+        turn = await self._turn(number, service, service.bodies)
+        postgres_after_s = await self._cluster.cpu_s(service.seeded.url)
         grown = (await service.figures()).since(figures)
-        check_sizes(turn.burst, service)
-        check_outcomes(turn.burst, grown.outcomes)
+        check_outcomes(turn.server.burst, grown.outcomes)
         valid = grown.outcomes["VALID"]
         check_source(service.source, valid, grown.digests)
+        await service.check_answers()
+        # What it has yet to write would be taken from the next one.
+        await service.written()
         postgres_cpu_us = None
         # Where nothing was looked up, what is left is connections that came and went.
         if grown.digests and postgres_s is not None and postgres_after_s is not None:
-            postgres_cpu_us = (postgres_after_s - postgres_s) * 1e6 / valid
-        return turn, Lookups(
+            postgres_cpu_us = grown_s(postgres_s, postgres_after_s) * 1e6 / valid
+        lookups = Lookups(
             postgres_cpu_us=postgres_cpu_us,
             statements=grown.statements,
             digests_per_statement=grown.digests / grown.statements if grown.statements else 0.0,
         )
+        return replace(turn, lookups=lookups)
 
-    async def _turn(self, target: Target, bodies: Sequence[bytes]) -> Turn:
-        cpu_s = process_cpu_s(target.pid)
-        burst = await self._load.burst(target.url, bodies, self._plan.seconds)
-        return Turn(burst=burst, server_cpu_us=(process_cpu_s(target.pid) - cpu_s) * 1e6 / burst.succeeded)
+    async def _turn(self, number: int, target: Target, bodies: Sequence[bytes]) -> Turn:
+        """Calls a server and the no-op; in every second round the no-op goes first."""
+        order = (self._yardstick, target) if number % 2 else (target, self._yardstick)
+        feeds = [partial(self._choice.choice, bodies)] * self._plan.processes
+        called = await by_turns(self._loads, order, feeds, self._plan.seconds)
+        for each, one in zip(called, order, strict=True):
+            check_sizes(each.burst, one)
+        noop, server = called if number % 2 else reversed(called)
+        return Turn(name=target.name, round=number, server=server, noop=noop, lookups=None)
 
 
 def check_sizes(burst: Burst, target: Target) -> None:

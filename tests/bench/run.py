@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = command.arguments("make bench", "Measures Validate against a no-op RPC.", rounds=7, seconds=4.0)
+    parser = command.arguments("make bench", "Measures Validate against a no-op RPC.", rounds=16, seconds=1.4)
     parser.add_argument("--keys", type=counts, default=KEYS, help=f"numbers of keys ({','.join(map(str, KEYS))})")
     parser.add_argument("--processes", type=positive, default=32, help="calls under way at a time (%(default)s)")
     parser.add_argument("--in-use", type=positive, default=1000, help="how many of them are asked for (%(default)s)")

@@ -22,7 +22,7 @@ from apikeys.v1 import key_service_pb2 as pb  # noqa: E402 - the same
 from bench import command, database, servers  # noqa: E402 - found by the line above
 from bench.command import say  # noqa: E402 - the same
 from bench.load import Load  # noqa: E402 - the same
-from bench.machine import Layout, threads_cpu_s  # noqa: E402 - the same
+from bench.machine import Layout, grown_s, threads_cpu_s  # noqa: E402 - the same
 from bench.metrics import Scrape  # noqa: E402 - the same
 from bench.page import machine_line, paragraph  # noqa: E402 - the same
 from bench.report import Rows, as_markdown, as_text, spread  # noqa: E402 - the same
@@ -178,7 +178,7 @@ class _Comparison:
     async def _turn(self, load: Load, target: Target, bodies: Sequence[bytes]) -> float:
         before_s = threads_cpu_s(target.pid)
         burst = await load.burst(target.url, bodies, self._seconds)
-        used_s = threads_cpu_s(target.pid) - before_s
+        used_s = grown_s(before_s, threads_cpu_s(target.pid))
         check_sizes(burst, target)
         return used_s * 1e6 / burst.succeeded
 

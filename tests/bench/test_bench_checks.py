@@ -8,7 +8,8 @@ import pytest
 
 from apikeys.v1 import key_service_pb2 as pb
 from bench import rounds
-from bench.load import Burst, evaluated
+from bench.alternation import Slice, called
+from bench.load import Burst, Window, evaluated
 from bench.machine import BenchError, Layout
 from bench.metrics import Scrape
 from bench.servers import Figures, Source, Target
@@ -24,7 +25,6 @@ BURST = Burst(
     succeeded=100,
     failed=0,
     data_bytes=100 * MESSAGE_BYTES,
-    core_share=0.5,
 )
 H2LOAD = """
 finished in 1.00s, 3.00 req/s, 1.02KB/s
@@ -99,12 +99,43 @@ def test_calls_are_counted_while_all_connections_were_at_work() -> None:
     early = "1000\t200\t1000\n500000\t200\t10000\n1000000\t200\t20000\n"
     late = "200000\t200\t10000\n600000\t200\t30000\n2000000\t200\t5000\n"
 
-    burst = evaluated([H2LOAD, H2LOAD], [early, late], core_share=0.5)
+    burst = evaluated([H2LOAD, H2LOAD], [early, late])
 
     # From 0.21 s to 1.02 s: answers at 0.51, 0.63 and 1.02 s.
     assert pytest.approx(3 / 0.81) == burst.per_s
     assert (20.0, 30.0) == (burst.p50_ms, burst.p99_ms)
     assert (8, 6, 0, 1374) == (burst.started, burst.succeeded, burst.failed, burst.data_bytes)
+
+
+def test_calls_are_counted_within_windows() -> None:
+    """Throughput is of the calls answered within a window, times are of those that began early enough in one."""
+    # Began at 0.1, 0.5, 0.98 and 1.2 s, answered at 0.15, 0.51, 1.08 and 1.21 s.
+    one = "100000\t200\t50000\n500000\t200\t10000\n980000\t200\t100000\n1200000\t200\t10000\n"
+    # Began at 0.6 s, and was told of long after the window.
+    other = "600000\t200\t900000\n"
+    windows = [Window(begin_s=0.2, told_s=0.9, end_s=1.0), Window(begin_s=1.1, told_s=1.25, end_s=1.3)]
+
+    burst = evaluated([H2LOAD, H2LOAD], [one, other], windows)
+
+    assert pytest.approx(2 / 1.0) == burst.per_s
+    # 10, 10 and 900 ms.
+    assert (10.0, 900.0) == (burst.p50_ms, burst.p99_ms)
+
+
+def test_what_is_done_in_the_others_time_is_charged() -> None:
+    """The time in which a server works while the other is called is added to its own, and taken off the other's."""
+    window = Window(begin_s=0.0, told_s=0.8, end_s=1.0)
+    busy = Slice(window=window, used_s=(0.9, 0.0), load_s=0.6)
+    quiet = Slice(window=window, used_s=(0.25, 0.7), load_s=0.4)
+    slices = ([busy, busy], [quiet, quiet])
+
+    first, second = (called(number, BURST, slices) for number in (0, 1))
+
+    # 200 calls each within 2 s: the one worked for half a second of the other's time.
+    assert [pytest.approx(200 / 2.5), pytest.approx(200 / 1.5)] == [first.per_s, second.per_s]
+    assert [pytest.approx(0.6), pytest.approx(0.4)] == [first.load_share, second.load_share]
+    assert pytest.approx(2.3e6 / 200) == first.server_cpu_us
+    assert pytest.approx(1.4e6 / 200) == second.server_cpu_us
 
 
 @pytest.mark.parametrize(
@@ -114,7 +145,7 @@ def test_calls_are_counted_while_all_connections_were_at_work() -> None:
 def test_what_h2load_does_not_say_is_not_made_up(output: str, log: str) -> None:
     """Results in another form, and connections without answers or with too few, are an error and no figure."""
     with pytest.raises(BenchError):
-        evaluated([output], [log], core_share=0.5)
+        evaluated([output], [log])
 
 
 def test_counters_are_compared() -> None:

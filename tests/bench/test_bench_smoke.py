@@ -68,6 +68,21 @@ def _parent(entry: Path) -> int | None:
         return None
 
 
+def _wait_until_stopped(pids: set[int], count: int) -> None:
+    """Waits until so many of them stand, as those do whose turn it is not."""
+    deadline_s = time.monotonic() + 30
+    while sum(map(_is_stopped, pids)) < count:
+        assert time.monotonic() < deadline_s, "no load is stopped"
+        time.sleep(0.02)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
 def _alive(pids: set[int]) -> set[int]:
     return {pid for pid in pids if Path(f"/proc/{pid}").exists()}
 
@@ -79,7 +94,7 @@ async def test_a_run_writes_a_page_and_leaves_nothing_behind(postgres_url: str, 
     """A run gives figures for each number of keys, asks for many keys, writes a page, and drops its databases."""
     output = tmp_path / "page.md"
     with _bench(*SMALLEST, "--output", str(output), environment={"LATCHGATE_DATABASE_URL": postgres_url}) as process:
-        said, complaints = process.communicate(timeout=100)
+        said, complaints = process.communicate(timeout=300)
 
     assert ("", 0) == (complaints, process.returncode)
     page = output.read_text()
@@ -111,14 +126,18 @@ async def test_a_run_writes_a_page_and_leaves_nothing_behind(postgres_url: str, 
 @needs_h2load
 @needs_two_cores
 async def test_ctrl_c_ends_all_that_was_started(postgres_url: str) -> None:
-    """Ctrl-C amid a measurement ends the service, the no-ops and the four of h2load, and drops the databases."""
+    """Ctrl-C amid a measurement ends the service, the no-ops and h2load, those that are stopped just then as well, and
+    drops the databases.
+    """
     with _bench(
         "--seconds", "60", "--keys", "1", "--processes", "4", environment={"LATCHGATE_DATABASE_URL": postgres_url}
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("seeded 1 key ")
         assert process.stdout.readline().startswith("measuring: ")
-        children = _children(process.pid, 7)
+        # A service, three no-ops, and four of h2load for each of two.
+        children = _children(process.pid, 12)
+        _wait_until_stopped(children, 4)
         process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=90)
 

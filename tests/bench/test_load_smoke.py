@@ -27,9 +27,7 @@ from latchgate.domain.token import Form, TokenFormat
 
 BENCH = Path(__file__).parent
 FRAME_BYTES = 5
-BURST = Burst(
-    per_s=100.0, p50_ms=1.0, p99_ms=2.0, started=104, succeeded=100, failed=0, data_bytes=0, core_share=0.5, bodies=52
-)
+BURST = Burst(per_s=100.0, p50_ms=1.0, p99_ms=2.0, started=104, succeeded=100, failed=0, data_bytes=0, bodies=52)
 
 needs_h2load = pytest.mark.skipif(
     shutil.which("h2load") is None,
@@ -221,7 +219,7 @@ def test_each_worker_has_a_core(available: set[int], cores: Cores, *, is_load_al
     assert (shared.turn_s is None) == (len(cores.load) > 1)
 
 
-def _workers_turn(workers: int, per_s: float) -> workers_page.Turn:
+def _workers_turn(workers: int, per_s: float, cpu_s: float = 1.0) -> workers_page.Turn:
     names = [str(number + 1) for number in range(workers)]
     return workers_page.Turn(
         round=1,
@@ -229,7 +227,7 @@ def _workers_turn(workers: int, per_s: float) -> workers_page.Turn:
         burst=replace(BURST, per_s=per_s),
         lasted_s=1.0,
         load_cpu_s=0.25,
-        cpu_s=dict.fromkeys(names, 1.0 / workers),
+        cpu_s=dict.fromkeys(names, cpu_s / workers),
         calls=dict.fromkeys(names, 10000.0 / workers),
     )
 
@@ -238,7 +236,7 @@ def test_what_two_cores_can_not_show_is_said() -> None:
     """Where the load shares a core with a worker, the page says so, and what the ratio could be at most."""
     results = workers_page.Results(
         cores=Cores.share_out({0, 1}),
-        turns=[_workers_turn(1, 10_000.0), _workers_turn(2, 18_000.0)],
+        turns=[_workers_turn(1, 10_000.0), _workers_turn(2, 18_000.0, cpu_s=1.1)],
         processes=32,
         seconds=1.0,
     )
@@ -246,9 +244,11 @@ def test_what_two_cores_can_not_show_is_said() -> None:
     said = " ".join(workers_page.findings(results))
 
     assert "over one: 1.80; wanted at least 1.7: reached" in said
-    assert "CPU time of a call with two workers over that with one: 1.00" in said
+    assert "CPU time of a call with two workers over that with one: 1.10" in said
     # 100 us of a worker and 25 us of the load: 2 x 100 / 125.
     assert "can not be above 1.60" in said
+    # 2 / 1.1.
+    assert "answer 1.82 times the calls of one" in said
 
 
 def test_a_load_with_cores_of_its_own_is_said() -> None:

@@ -156,7 +156,8 @@ def findings(results: Results) -> Iterator[str]:
         f" one with a worker. A call costs a worker {worker_us:.0f} µs and the load {load_us:.0f} µs, both of which two"
         f" cores have to give then, so that on this machine the ratio of calls can not be above"
         f" {2 * worker_us / (worker_us + load_us):.2f}, however well workers scale. What is left to compare is the CPU"
-        " time of a call: as far as it stays the same, workers that have a core each add up."
+        " time of a call: workers that have a core each would by that answer"
+        f" {spread([MANY / FEW / cost for cost in costs], '.2f')} times the calls of one."
     )
 
 
