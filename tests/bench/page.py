@@ -41,7 +41,7 @@ def write(plan: Plan, layout: Layout, results: Results, note: str) -> str:
         "```\nmake bench\n```",
         paragraph(
             "It needs Linux, two cores, ten gigabytes of disk and `h2load` (on Debian and Ubuntu: `apt-get install"
-            " nghttp2-client`), and takes about half an hour, of which six are for filling the databases. With"
+            " nghttp2-client`), and takes about forty minutes, of which six are for filling the databases. With"
             " `LATCHGATE_DATABASE_URL` it uses a PostgreSQL server of yours: it makes databases of its own there, and"
             " drops them. `python tests/bench/run.py --help` lists what can be varied. A run with options writes no"
             " page, unless `--output` names a file."
