@@ -68,14 +68,15 @@ def _method(plan: Plan, results: Results) -> Iterator[str]:
     )
     yield (
         f"**Turns**: each server is called by turns with the no-op, {SLICE_S:g} s the one and {SLICE_S:g} s the"
-        f" other, until each was called for {plan.seconds:g} s; then the next server, in an order drawn anew for each"
-        " round. Whatever the machine does for longer than that, it does to both. Before each such slice nobody is"
-        f" called for {GAP_S * 1000:g} ms, and then the one whose turn it is for {LEAD_S * 1000:g} ms that are not"
-        " counted: until then the processor's caches are as the other has left them. What a server does while the"
-        " other is called is charged to it: its processor time then is added to its own time, and taken off the"
-        " other's. A first round is not counted. All servers run all the time: what those take that are not asked,"
-        " they take from both alike. Every five seconds a service writes how keys were used, which comes in some"
-        " turns and in others not; after its turn it is waited for."
+        f" other, until each was called for {plan.seconds:g} s, or for half of that at least where the load was slow"
+        " to start; then the next server, in an order drawn anew for each round. Whatever the machine does for"
+        f" longer than that, it does to both. Before each such slice nobody is called for {GAP_S * 1000:g} ms, and"
+        f" then the one whose turn it is for {LEAD_S * 1000:g} ms that are not counted: until then the processor's"
+        " caches are as the other has left them. What a server does while the other is called is charged to it: its"
+        " processor time then is added to its own time, and taken off the other's. A first round is not counted. All"
+        " servers run all the time: what those take that are not asked, they take from both alike. Every five"
+        " seconds a service writes how keys were used, which comes in some turns and in others not; after its turn"
+        " it is waited for."
     )
     yield (
         f"**Load**: {plan.processes} processes of `h2load` for each of the two, with one connection and one request"
