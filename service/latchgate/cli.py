@@ -129,5 +129,6 @@ def _importing(arguments: argparse.Namespace) -> Coroutine[Any, Any, int]:
 
 
 def _complaint(message: str, status: int) -> int:
-    print(f"latchgate: {message}", file=sys.stderr)
+    for line in message.splitlines():
+        print(f"latchgate: {line}", file=sys.stderr)
     return status

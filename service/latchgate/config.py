@@ -6,7 +6,7 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from email.utils import parseaddr
 from enum import Enum
@@ -51,7 +51,7 @@ class CommandError(Exception):
 
 
 class SettingsError(CommandError):
-    """A setting is wrong. The message is one line that names the variable and never holds a secret value."""
+    """Settings are wrong. The message has a line for each, which names the variable and never holds a secret value."""
 
     status = 2
 
@@ -355,7 +355,7 @@ def load(**overrides: Any) -> Settings:
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        raise SettingsError(_first_line(error)) from None
+        raise SettingsError("\n".join(_lines(error))) from None
 
 
 def as_variables(settings: Settings, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -372,12 +372,11 @@ def as_variables(settings: Settings, environment: Mapping[str, str] = os.environ
     return variables
 
 
-def _first_line(error: ValidationError) -> str:
-    """Writes the first problem in one line, without the value: it may be a secret."""
-    problem = error.errors(include_input=False, include_url=False)[0]
-    message = problem["msg"].removeprefix("Value error, ")
-    name = PREFIX + str(problem["loc"][0]).upper() if problem["loc"] else ""
-    return f"{name}: {message}" if name else message
+def _lines(error: ValidationError) -> Iterator[str]:
+    """Writes each problem in one line, without the value: it may be a secret."""
+    for problem in error.errors(include_input=False, include_url=False):
+        message = problem["msg"].removeprefix("Value error, ")
+        yield f"{PREFIX}{str(problem['loc'][0]).upper()}: {message}" if problem["loc"] else message
 
 
 def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:

@@ -137,6 +137,15 @@ def test_wrong_value(failing: Failing, name: str, value: str) -> None:
     assert 2 == status
 
 
+def test_several_wrong_values(failing: Failing) -> None:
+    """All that are wrong are named at once, a line each: nobody has to start the service for each of them."""
+    status, complaint = failing(LISTEN="here", TAG_KEY=SECRET, LOG_LEVEL="loud")
+    lines = complaint.splitlines()
+    named = {line.removeprefix("latchgate: LATCHGATE_").partition(":")[0] for line in lines}
+    assert ({"LISTEN", "TAG_KEY", "LOG_LEVEL"}, 3, 2) == (named, len(lines), status)
+    assert SECRET not in complaint
+
+
 def test_gateways_over_http_can_not_be_known(failing: Failing) -> None:
     """Where gateways must say who they are, none may ask over HTTP: they could not. One line names both settings."""
     status, complaint = failing(HTTP_LISTEN="127.0.0.1:0", VALIDATE_ACCESS="authenticated")
