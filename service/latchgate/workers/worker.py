@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger("latchgate.workers.worker")
 
-YOUNG_OBJECTS: Final = 10_000
+YOUNG_OBJECTS: Final = 2_000
 """How many new objects the garbage collector waits for before it looks at them; with Python alone it is 700."""
+YOUNG_COLLECTIONS: Final = 50
+"""How often it looks at the new ones before it does at those that were left then; with Python alone 10 times."""
 LAST_S: Final = 10.0
 """How long a worker may take to stop beyond the time that calls have to finish."""
 
@@ -98,9 +100,10 @@ async def _serve(settings: Settings, channel: Channel, number: int, role: Role) 
                 # What is there now stays: the collector need not look through it again and again while calls wait.
                 gc.collect()
                 gc.freeze()
-                # Nor often at what comes: each call leaves some objects in a cycle (grpc's, from when it looks for the
-                # handler), and these are found as cheaply when they are many.
-                gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
+                # Each call leaves some objects in a cycle (grpc's, from when it looks for the handler). They are found
+                # most cheaply when they are many, and yet so few that they lie in the processor's cache; and all calls
+                # wait meanwhile. What was left, and the keys in memory, are looked at no more often for it.
+                gc.set_threshold(YOUNG_OBJECTS, YOUNG_COLLECTIONS, gc.get_threshold()[2])
                 channel.send(_found(ready).as_message())
                 await unless_stopped(stopping, running.background.death())
         # What it has counted to the last, before the supervisor hears that it has ended.
