@@ -266,7 +266,9 @@ async def _get_ready(stack: AsyncExitStack, parts: Parts, dsn: str, owner_dsn: s
         observer=parts.metrics,
     )
     stack.push_async_callback(membership.leave)
-    effects = EffectPoller(link=Link(dsn, timeout_s=LINK_TIMEOUT_S), boottime=boottime, poke=membership.poke)
+    effects = EffectPoller(
+        link=Link(dsn, timeout_s=LINK_TIMEOUT_S), boottime=boottime, poke=membership.poke, news=membership.news
+    )
     stack.push_async_callback(effects.close)
     foreign = ForeignLookupBudget(time.monotonic)
     if root_token is not None:

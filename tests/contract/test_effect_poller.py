@@ -44,7 +44,9 @@ class Pokes:
 @asynccontextmanager
 async def polling(url: str) -> AsyncIterator[EffectPoller]:
     """A poller with a connection of its own."""
-    poller = EffectPoller(link=Link(url, timeout_s=LINK_TIMEOUT_S), boottime=boottime, poke=Pokes())
+    poller = EffectPoller(
+        link=Link(url, timeout_s=LINK_TIMEOUT_S), boottime=boottime, poke=Pokes(), news=asyncio.Event()
+    )
     try:
         yield poller
     finally:
@@ -110,10 +112,29 @@ async def test_effective_as_soon_as_all_have_applied_it(poller: EffectPoller, ob
 async def test_own_worker_is_told_to_read_the_log(database_url: str, observer: Connection) -> None:
     """Each wait has the worker's own membership read the log at once, without a notification."""
     poke = Pokes()
-    poller = EffectPoller(link=Link(database_url, timeout_s=LINK_TIMEOUT_S), boottime=boottime, poke=poke)
+    poller = EffectPoller(
+        link=Link(database_url, timeout_s=LINK_TIMEOUT_S), boottime=boottime, poke=poke, news=asyncio.Event()
+    )
     for count in range(1, 4):
         await poller.wait(await log_change(observer), math.inf)
         assert count == poke.count
+    await poller.close()
+
+
+async def test_looked_at_again_when_the_own_worker_has_acknowledged(
+    database_url: str, observer: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """News of this worker's acknowledgement has the rows read at once, and not at the end of the pause."""
+    for pause in ("LEAST_PAUSE_S", "MOST_PAUSE_S"):
+        monkeypatch.setattr(f"latchgate.storage.effects.{pause}", 60.0)
+    news = asyncio.Event()
+    poller = EffectPoller(link=Link(database_url, timeout_s=LINK_TIMEOUT_S), boottime=boottime, poke=Pokes(), news=news)
+    incarnation = await insert_worker(observer)
+    waiting = asyncio.create_task(poller.wait(revision := await log_change(observer), math.inf))
+    await has_looked(observer)
+    await acknowledge(observer, incarnation, revision)
+    news.set()
+    assert Effect(revision=revision) == await asyncio.wait_for(waiting, SLACK_S)
     await poller.close()
 
 
@@ -304,7 +325,9 @@ async def test_sweep_takes_off_those_that_are_silent(database_url: str, observer
     also if no change waits for it. One that was seen for the first time, or has renewed since, stays.
     """
     clock = ManualClock()
-    poller = EffectPoller(link=Link(database_url, timeout_s=LINK_TIMEOUT_S), boottime=clock, poke=Pokes())
+    poller = EffectPoller(
+        link=Link(database_url, timeout_s=LINK_TIMEOUT_S), boottime=clock, poke=Pokes(), news=asyncio.Event()
+    )
     short, renewing, long = [await insert_worker(observer, lease_s=lease_s) for lease_s in (1, 1, 10)]
     await poller.sweep()
     clock.advance(wait_of(1))
@@ -330,7 +353,9 @@ async def test_sweep_begins_anew_in_another_history(
     it has been so since.
     """
     clock = ManualClock()
-    poller = EffectPoller(link=Link(database_url, timeout_s=LINK_TIMEOUT_S), boottime=clock, poke=Pokes())
+    poller = EffectPoller(
+        link=Link(database_url, timeout_s=LINK_TIMEOUT_S), boottime=clock, poke=Pokes(), news=asyncio.Event()
+    )
     worker = await insert_worker(observer, lease_s=1)
     await poller.sweep()
     clock.advance(wait_of(1) + 1)

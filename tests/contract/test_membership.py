@@ -24,6 +24,7 @@ DIGEST = b"d" * 32
 # Within which a connection that is dead must be known to be; and what a busy machine adds.
 NOTICED_S = 1.0
 SLACK_S = 0.5
+QUIET_S = 0.3
 NOWHERE = "postgresql://postgres@127.0.0.1:1/none"
 
 
@@ -240,6 +241,43 @@ async def test_notification_wakes_at_once(
             await until(is_acknowledged)
             assert time.monotonic() - start_s < SLACK_S
         assert worker.has_lease
+
+
+async def test_notification_of_what_is_known_is_let_pass(
+    database_url: str, observer: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a change that was read before its notification came the log is not read again; of what says nothing that is
+    known, it is.
+    """
+    monkeypatch.setattr("latchgate.storage.coherence.HEARTBEAT_S", DEADLINE_S * 3)
+    async with joined(database_url, lease_s=60) as worker:
+        revision = await log_change(observer)
+        await worker.until_applied(revision)
+        await asyncio.sleep(QUIET_S)
+        for known in (str(revision), str(revision - 1), "0"):
+            before = worker.observer.readings.total()
+            await observer.execute("SELECT pg_notify('latchgate_change', $1)", known)
+            await asyncio.sleep(QUIET_S)
+            assert before == worker.observer.readings.total()
+        for unknown in (str(revision + 1), "", "-1", "1.5", "x", "9" * 7999):
+            before = worker.observer.readings.total()
+            await observer.execute("SELECT pg_notify('latchgate_change', $1)", unknown)
+
+            async def is_read(before: int = before) -> bool:
+                return worker.observer.readings.total() > before
+
+            async with asyncio.timeout(SLACK_S):
+                await until(is_read)
+
+
+async def test_news_of_an_acknowledgement(database_url: str, observer: Connection) -> None:
+    """Who waits for this worker's acknowledgement of a change hears of it as soon as it is there."""
+    async with joined(database_url, lease_s=60) as worker:
+        for _ in range(3):
+            worker.membership.news.clear()
+            revision = await log_change(observer)
+            await asyncio.wait_for(worker.membership.news.wait(), SLACK_S)
+            assert [revision] == list((await workers(observer)).values())
 
 
 async def test_poke_has_the_log_read_at_once(

@@ -135,7 +135,7 @@ class Database:
         self.expire_s = math.inf
         # By revision: what each token is worth.
         self.history: list[list[View]] = [self._views()]
-        self.listeners: list[Callable[[], None]] = []
+        self.listeners: list[Callable[[int], None]] = []
 
     def wall_s(self) -> float:
         """The server's clock."""
@@ -248,7 +248,7 @@ class Database:
             self._commit(lambda state: state.change(change), is_safe=True)
             self.history.append(self._views())
             for tell in tuple(self.listeners):
-                tell()
+                tell(self.revision_of(change))
         return self.revision_of(change)
 
     def _views(self) -> list[View]:

@@ -158,18 +158,18 @@ class Connection:
         rows = self.database.write(query, args, rows)
         if query == "LISTEN":
             callback = args[0]
-            self.database.listeners.append(lambda: self._notify(callback))
+            self.database.listeners.append(lambda revision: self._notify(callback, revision))
         if query == queries.LOG_READ_RENEWING and rows[0]["is_member"]:
             self.path.renewed_s = read_s
         self._send(DOWN, lambda: self.loop.deliver(self._hear, answer, rows))
 
-    def _notify(self, callback: Callable[..., object]) -> None:
+    def _notify(self, callback: Callable[..., object], revision: int) -> None:
         if self._is_open:
-            self._send(DOWN, lambda: self.loop.deliver(self._tell, callback))
+            self._send(DOWN, lambda: self.loop.deliver(self._tell, callback, revision))
 
-    def _tell(self, callback: Callable[..., object]) -> None:
+    def _tell(self, callback: Callable[..., object], revision: int) -> None:
         if self._is_open:
-            callback(self, 0, "", "")
+            callback(self, 0, "", str(revision))
 
     def _hear(self, answer: asyncio.Future[list[dict[str, Any]]], rows: list[dict[str, Any]]) -> None:
         if self._is_open and not answer.done():

@@ -57,7 +57,10 @@ class Worker:
             observer=self,
         )
         self.effects = EffectPoller(
-            link=Link(name, timeout_s=LINK_TIMEOUT_S), boottime=self.boottime, poke=self.membership.poke
+            link=Link(name, timeout_s=LINK_TIMEOUT_S),
+            boottime=self.boottime,
+            poke=self.membership.poke,
+            news=self.membership.news,
         )
         self.lookups = BatchingKeyReader(
             find_many(lookup_link(name), _show), observer=self, monotonic=self.loop.time, spacing_s=0.004, plenty=3

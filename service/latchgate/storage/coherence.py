@@ -30,6 +30,8 @@ MAX_CHANGES = 1000
 CHANGE_KEPT = timedelta(hours=1)
 FORGET_ROWS = 1000
 CHANNEL = "latchgate_change"
+# Of a revision, which is a bigint.
+MAX_DIGITS = 19
 
 _log = structlog.get_logger("latchgate.coherence")
 
@@ -62,6 +64,8 @@ class Membership:
         self._coherence = coherence
         self._boottime = boottime
         self._observer = observer
+        # Set when this worker has acknowledged what it has applied, for who waits for that.
+        self.news = asyncio.Event()
         self._wake = asyncio.Event()
         self._incarnation: UUID | None = None
         self._renewal_due_s = 0.0
@@ -142,6 +146,7 @@ class Membership:
             # Only what is applied may be acknowledged: from here on it is called effective.
             await connection.execute(queries.WORKER_ACKNOWLEDGE, self._incarnation, applied)
             self._acknowledged = applied
+            self.news.set()
 
     async def _join(self, connection: Connection) -> None:
         """Registers under a new name. The log is read by a later statement: what was committed before is in it."""
@@ -192,9 +197,13 @@ class Membership:
                 self._observer.link_lost("listen")
                 await asyncio.sleep(RETRY_S)
 
-    def _hear(self, *_: object) -> None:
-        # No coroutine: those would become tasks without an order.
-        self._wake.set()
+    def _hear(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
+        # No coroutine: those would become tasks without an order. A change of this worker's own has mostly been read by
+        # the time its notification comes. Anyone may notify, with anything.
+        revision = str(payload)
+        is_number = revision.isdecimal() and len(revision) <= MAX_DIGITS
+        if not is_number or int(revision) > self._coherence.applied_revision:
+            self._wake.set()
 
     def _lease_left_s(self) -> float:
         return self._coherence.lease_left_s

@@ -46,14 +46,19 @@ class _Wait:
 class EffectPoller:
     """Implements latchgate.domain.ports.EffectWaiter, for workers that answer from memory under a lease."""
 
-    def __init__(self, *, link: Link, boottime: Callable[[], float], poke: Callable[[], None]) -> None:
-        """Takes a connection of its own, the clock, and how to have this worker read the log at once."""
+    def __init__(
+        self, *, link: Link, boottime: Callable[[], float], poke: Callable[[], None], news: asyncio.Event
+    ) -> None:
+        """Takes a connection of its own, the clock, and how to have this worker read the log at once.
+
+        `news` is set once this worker has acknowledged what it has read, as the others will have about then.
+        """
         self._link = link
         self._lock = asyncio.Lock()
         self._boottime = boottime
         self._poke = poke
         self._waits: set[_Wait] = set()
-        self._news = asyncio.Event()
+        self._news = news
         self._polling: asyncio.Task[None] | None = None
         # For each row the server's history and how often it had been renewed, and when it was first seen so.
         self._seen: dict[UUID, tuple[str, int, float]] = {}
