@@ -15,6 +15,7 @@ from latchgate.storage.postgres import (
     translated,
     unavailable,
 )
+from latchgate.storage.session import Session
 
 
 class Link:
@@ -42,6 +43,7 @@ class Link:
                         command_timeout=self._timeout_s,
                         target_session_attrs=SESSION_KIND,
                         server_settings=self._settings,
+                        connection_class=Session,
                     )
                     await prepare_connection(self._connection)
                 yield self._connection

@@ -14,6 +14,7 @@ from asyncpg.connect_utils import SessionAttribute
 from asyncpg.pool import PoolConnectionProxy
 
 from latchgate.domain.errors import StorageUnavailableError, WriteUnknownError
+from latchgate.storage.session import Session
 
 # The driver's classes are generic to the type checker alone.
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
@@ -138,6 +139,7 @@ class Database:
             init=prepare_connection,
             reset=_leave_as_it_is,
             server_settings=_SERVER_SETTINGS,
+            connection_class=Session,
         )
         with translated():
             await management
