@@ -9,6 +9,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from bench.effective import Fleet, findings
 from bench.histogram import draw
 
 RUN = Path(__file__).with_name("effective.py")
@@ -31,6 +32,14 @@ def test_a_run_gives_figures_for_each_number_of_workers(postgres_url: str) -> No
     assert ("", 0) == (complaints, process.returncode)
     rows = [line.split()[:2] for line in said.splitlines()[-2:]]
     assert [["1", "3"], ["2", "3"]] == rows
+
+
+@pytest.mark.parametrize(("slow_ms", "verdict"), [(40.0, "reached"), (60.0, "not reached")])
+def test_many_workers_are_held_to_what_is_wanted(slow_ms: float, verdict: str) -> None:
+    """What two in a hundred revocations took with 20 workers is compared with what is wanted, and nothing else."""
+    few, many = (Fleet(workers=count, stubs=[], took_ms=[1.0] * 98 + [slow_ms] * 2) for count in (4, 20))
+
+    assert [f"p99 with 20 workers, ms: {slow_ms:.2f}; wanted at most 50.0: {verdict}."] == findings([few, many])
 
 
 def test_picture_has_a_bar_for_each_bin_and_marks_for_each_series() -> None:
