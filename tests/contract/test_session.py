@@ -30,7 +30,7 @@ VALUES: dict[str, list[Any]] = {
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Gathers the types that the driver asks the server for."""
     types: list[int] = []
-    ask = asyncpg.Connection._introspect_types  # type: ignore[attr-defined]  # noqa: SLF001 - not in the stubs
+    ask = asyncpg.Connection._introspect_types  # type: ignore[attr-defined]  # noqa: SLF001 - what is overridden has no public name
 
     async def noting(self: Connection, typeoids: Sequence[int], *more: Any) -> Any:
         types.extend(typeoids)
