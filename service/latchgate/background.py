@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
 from latchgate.domain.errors import UnavailableError
 
+# The part of an interval after which repeated work is done at the soonest.
+SOONEST: Final = 0.75
 _FRAMES = 6
 _log = structlog.get_logger("latchgate.background")
 
@@ -32,6 +35,8 @@ class Background:
         self._stopping = asyncio.Event()
         self._died = asyncio.Event()
         self._death = ""
+        # Work for which the database was away when it was last tried.
+        self._put_off: set[str] = set()
         # What wakes the work that waits for its next time.
         self._waking: list[asyncio.Event] = []
         self._lasting: set[asyncio.Future[Any]] = set()
@@ -46,12 +51,33 @@ class Background:
     ) -> None:
         """Does some work again and again, and sooner when there is `news`; at the end what is under way is finished.
 
-        A time at which the database is away is let pass, and so is a fault of the work itself: the next time may be
-        better, and calls are worth more than what is done beside them. Both are logged, faults each time.
+        Between two times lies up to a quarter less than the interval, as chance has it: workers that began together, or
+        have waited for one and the same lock, would else do it at the same time ever after.
         """
         waking = news or self._stopping
         self._waking.append(waking)
         self._repeated.add(self._watched(name, self._again(name, interval_s, work, waking)))
+
+    async def attempt(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Does some work once, unless the stop has begun.
+
+        A time at which the database is away is let pass, and so is a fault of the work itself: the next time may be
+        better, and calls are worth more than what is done beside them. Both are logged, faults each time.
+        """
+        if self._stopping.is_set():
+            return
+        try:
+            await work()
+        except UnavailableError as error:
+            if name not in self._put_off:
+                _log.warning("work_put_off", work=name, problem=error.message)
+            self._put_off.add(name)
+        except Exception as error:  # noqa: BLE001 - see above
+            self.failed(name, error)
+        else:
+            if name in self._put_off:
+                _log.info("work_resumed", work=name)
+            self._put_off.discard(name)
 
     def failed(self, name: str, error: Exception) -> None:
         """Takes note of an error that nobody expected. Not of its text: it may hold what a row holds."""
@@ -94,21 +120,12 @@ class Background:
     async def _again(
         self, name: str, interval_s: float, work: Callable[[], Awaitable[None]], waking: asyncio.Event
     ) -> None:
-        is_put_off = False
-        while not await self._is_stopped_within(interval_s, waking):
-            try:
-                await work()
-            except UnavailableError as error:
-                if not is_put_off:
-                    _log.warning("work_put_off", work=name, problem=error.message)
-                is_put_off = True
-                continue
-            except Exception as error:  # noqa: BLE001 - see `repeat`
-                self.failed(name, error)
-                continue
-            if is_put_off:
-                _log.info("work_resumed", work=name)
-            is_put_off = False
+        while not await self._is_stopped_within(self._pause(interval_s), waking):
+            await self.attempt(name, work)
+
+    @staticmethod
+    def _pause(interval_s: float) -> float:
+        return interval_s * random.uniform(SOONEST, 1)  # noqa: S311 - to spread, not to hide
 
     async def _is_stopped_within(self, seconds: float, waking: asyncio.Event) -> bool:
         # Not wait_for, as in latchgate.storage.coherence.

@@ -11,7 +11,7 @@ from latchgate.background import Background
 from latchgate.config import Settings
 from latchgate.delivering import Deliverer, DeliveryObserver
 from latchgate.domain.addresses import AddressGuard
-from latchgate.housekeeping import FORGET_INTERVAL_S
+from latchgate.housekeeping import FORGET_INTERVAL_S, repeat_by_one
 from latchgate.ids import make_id
 from latchgate.outbound.sender import WebhookSender
 from latchgate.outbound.smtp import MailSender
@@ -69,4 +69,4 @@ async def send_out(  # noqa: PLR0913 - what a worker is made of, each by its nam
     background.repeat("sending out of events", poll_s, deliverer.turn, news)
     background.repeat("looking for expiries", NOTICE_TURNS * poll_s, publish_notices)
     background.repeat("counting of what waits", NOTICE_TURNS * poll_s, deliverer.look)
-    background.repeat("clearing of events", FORGET_INTERVAL_S, forget)
+    repeat_by_one(background, database, "housekeeping of events", FORGET_INTERVAL_S, [("clearing of events", forget)])

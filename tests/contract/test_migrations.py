@@ -17,7 +17,7 @@ from latchgate.storage.migrate import SchemaError, check_server, migrate
 from latchgate.storage.postgres import Connection
 from support.databases import connected, fault_proxy, started_and_waiting
 
-HEAD = "0009"
+HEAD = "0010"
 TABLES = {
     "alembic_version",
     "audit_event",
@@ -28,6 +28,7 @@ TABLES = {
     "deployment",
     "event",
     "expiry_scan",
+    "housekeeping",
     "key",
     "key_notice",
     "last_used",

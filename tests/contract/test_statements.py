@@ -157,6 +157,7 @@ STATEMENTS: dict[str, tuple[str, set[str]]] = {
     "ROLE_GRANTS": ("text", {"statement"}),
     "SCHEMA_VERSION": ("", {"version_num"}),
     "MIGRATION_LOCK_TAKE": ("int8", {"pg_advisory_lock"}),
+    "HOUSEKEEPING_TAKE": ("text interval", {"?column?"}),
     "DEPLOYMENT_GET": ("text", {"value"}),
     "DEPLOYMENT_INSERT": ("text bytea", set()),
     "DATABASE_PROBE": ("", {"pg_is_in_recovery"}),

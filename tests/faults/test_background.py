@@ -104,6 +104,34 @@ async def test_outage_is_told_once(background: Background, log: pytest.CaptureFi
     assert not background.failures
 
 
+async def test_chance_spreads_what_is_repeated(background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two times lies as much of the interval as chance gives: from three quarters of it to all of it."""
+    asked: list[tuple[float, float]] = []
+    chances = iter([0.0, 0.0, 1.0])
+
+    def chance(least: float, most: float) -> float:
+        asked.append((least, most))
+        return next(chances)
+
+    monkeypatch.setattr("latchgate.background.random.uniform", chance)
+    times = 0
+    done = asyncio.Event()
+
+    async def work() -> None:
+        nonlocal times
+        times += 1
+        if times == 2:
+            done.set()
+
+    background.repeat("work", 3600.0, work)
+    await asyncio.wait_for(done.wait(), 10)
+    for _ in range(10):
+        await asyncio.sleep(PAUSE_S)
+
+    assert 2 == times
+    assert [(0.75, 1)] * 3 == asked
+
+
 async def test_stop_finishes_what_is_under_way(background: Background) -> None:
     """Repeated work that is under way at the stop is finished, not broken off; and then it is not done again."""
     begun, go_on = asyncio.Event(), asyncio.Event()

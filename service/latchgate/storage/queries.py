@@ -792,6 +792,15 @@ SCHEMA_VERSION = "SELECT version_num FROM alembic_version"
 # Held until the session ends: one process migrates, the others wait.
 MIGRATION_LOCK_TAKE = "SELECT pg_advisory_lock($1)"
 
+# Begins the housekeeping $1 unless it was begun within $2; no row if it was. Of those that ask at once one begins: the
+# others wait until it is committed, and then look at the clock again. After a clock that was stepped back it is begun.
+HOUSEKEEPING_TAKE = """
+INSERT INTO housekeeping AS h (name, begin_time) VALUES ($1, clock_timestamp())
+ON CONFLICT (name) DO UPDATE SET begin_time = clock_timestamp()
+WHERE clock_timestamp() NOT BETWEEN h.begin_time AND h.begin_time + $2::interval
+RETURNING true
+"""
+
 DEPLOYMENT_GET = "SELECT value FROM deployment WHERE name = $1"
 
 DEPLOYMENT_INSERT = "INSERT INTO deployment (name, value) VALUES ($1, $2)"
