@@ -71,7 +71,8 @@ def repeat_by_one(
     """Has chores done again and again, one after the other, by one worker for all: by whichever comes first.
 
     One that dies while it is at them leaves them to the next one. One that is at them for longer than the interval gets
-    company; so no chore relies on being the only one of its kind.
+    company; so no chore relies on being the only one of its kind. Workers ask at short intervals, also for what is done
+    at long ones: it is done though none of them lives for as long.
     """
 
     async def turn() -> None:
@@ -79,4 +80,4 @@ def repeat_by_one(
             for chore, work in chores:
                 await background.attempt(chore, work)
 
-    background.repeat(name, interval_s, turn)
+    background.repeat(name, min(interval_s, FORGET_INTERVAL_S), turn)

@@ -20,6 +20,19 @@ MINUTE = timedelta(minutes=1)
 SHORT_S = 0.001
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """For which turns workers have asked."""
+    names: list[str] = []
+
+    async def take_note(database: Database, name: str, at_least: timedelta) -> bool:
+        names.append(name)
+        return await take_turn(database, name, at_least)
+
+    monkeypatch.setattr("latchgate.housekeeping.take_turn", take_note)
+    return names
+
+
 async def _began(observer: Connection, ago: timedelta) -> None:
     await observer.execute("UPDATE housekeeping SET begin_time = now() - $1::interval", ago)
 
@@ -56,18 +69,12 @@ async def test_of_many_at_once_one_has_the_turn(database_url: str, observer: Con
     assert 1 == sum(turns)
 
 
-async def test_one_worker_does_it_for_all(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_worker_does_it_for_all(
+    database: Database, monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
     """Of several workers one does the chores, in their order; the others ask again and again, and leave it to it."""
     # Each asks a thousand times within the time that lies between two turns.
     monkeypatch.setattr("latchgate.background.random.uniform", lambda _, most: most * SHORT_S / MINUTE.total_seconds())
-    asked = 0
-
-    async def count_and_ask(*arguments: object) -> bool:
-        nonlocal asked
-        asked += 1
-        return await take_turn(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("latchgate.housekeeping.take_turn", count_and_ask)
     done: list[str] = []
 
     def chore(name: str) -> tuple[str, Callable[[], Awaitable[None]]]:
@@ -82,13 +89,38 @@ async def test_one_worker_does_it_for_all(database: Database, monkeypatch: pytes
         repeat_by_one(worker, database, HOUSE, MINUTE.total_seconds(), [chore("sweeping"), chore("dusting")])
 
     async def is_asked() -> bool:
-        return asked >= 30
+        return len(asked) >= 30
 
     await until(is_asked)
     for worker in workers:
         await worker.close()
 
     assert ["sweeping", "dusting"] == done
+
+
+async def test_what_is_due_is_done_by_a_worker_that_is_young(
+    database: Database, monkeypatch: pytest.MonkeyPatch, observer: Connection, asked: list[str]
+) -> None:
+    """What is done once an hour is done by workers none of which lives for an hour, and no more often for it."""
+    monkeypatch.setattr("latchgate.housekeeping.FORGET_INTERVAL_S", SHORT_S)
+    times = 0
+
+    async def work() -> None:
+        nonlocal times
+        times += 1
+
+    async def is_asked() -> bool:
+        return len(asked) >= 3
+
+    for due in (1, 1, 2):
+        if due == 2:
+            await _began(observer, timedelta(hours=1))
+        asked.clear()
+        background = Background()
+        repeat_by_one(background, database, HOUSE, 3600.0, [("keeping", work)])
+        await until(is_asked)
+        await background.close()
+        assert due == times
 
 
 @pytest.mark.parametrize("error", [KeyError("a fault"), StorageUnavailableError("waited for a lock")])
