@@ -19,6 +19,10 @@ class BenchError(Exception):
     """The benchmark can not be run, or its figures can not be believed. The message is one line that says why."""
 
 
+class SpoiledError(BenchError):
+    """What was measured was not what was to be, as it can be where the load does not get the processor: try again."""
+
+
 class UnfitError(BenchError):
     """The machine lacks what the benchmark takes."""
 

@@ -123,14 +123,19 @@ def warnings(results: Results) -> list[str]:
     """Says what speaks against the figures."""
     shares = [share for turn in results.turns for share in (turn.server.core_share, turn.noop.core_share)]
     starved = sum(share < STARVED_SHARE for share in shares)
-    if not starved:
-        return []
-    said = (
-        f"In {starved} of {len(shares)} turns the server had less than {STARVED_SHARE:.0%} of its core (least:"
-        f" {min(shares):.0%}): it had to wait for the load's core, or something else ran on its own."
-        " Figures of such turns are too low; repeat on a machine that has nothing else to do."
-    )
-    return [said]
+    said = []
+    if starved:
+        said.append(
+            f"In {starved} of {len(shares)} turns the server had less than {STARVED_SHARE:.0%} of its core (least:"
+            f" {min(shares):.0%}): it had to wait for the load's core, or something else ran on its own."
+            " Figures of such turns are too low; repeat on a machine that has nothing else to do."
+        )
+    if results.repeated:
+        said.append(
+            f"{results.repeated} {'turn was' if results.repeated == 1 else 'turns were'} done again: the load asked for"
+            " the same keys for too long, so that fewer were looked up than were to be."
+        )
+    return said
 
 
 def as_text(rows: Rows) -> str:

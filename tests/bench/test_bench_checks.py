@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from apikeys.v1 import key_service_pb2 as pb
 from bench import rounds
 from bench.alternation import Slice, called
 from bench.load import Burst, Window, evaluated
-from bench.machine import BenchError, Layout
+from bench.machine import BenchError, Layout, SpoiledError
 from bench.metrics import Scrape
 from bench.servers import Figures, Source, Target
 
@@ -89,8 +90,50 @@ def test_answers_from_where_they_are_to_come_from_are_taken(source: Source, dige
 @pytest.mark.parametrize(("source", "digests"), [(Source.MEMORY, 2), (Source.DATABASE, 800), (Source.DATABASE, 0)])
 def test_answers_from_elsewhere_are_refused(source: Source, digests: int) -> None:
     """What is called memory is not measured from the database, nor the other way round."""
-    with pytest.raises(BenchError, match="looked up"):
+    with pytest.raises(SpoiledError, match="looked up"):
         rounds.check_source(source, 1000, digests)
+
+
+@pytest.mark.parametrize("spoiled", [0, 2, rounds.MOST_REPEATED])
+async def test_spoiled_turn_is_done_again(monkeypatch: pytest.MonkeyPatch, spoiled: int) -> None:
+    """A turn that was not what it was to be is done again, and takes none of the others with it."""
+    comparison, done = _comparison(monkeypatch, spoiled)
+
+    turns = await comparison.run([TARGET], [b""])
+
+    # Of the two rounds the first is not counted.
+    assert ["turn"] * 2 == done
+    assert 1 == len(turns)
+    assert spoiled == comparison.repeated
+
+
+async def test_turns_that_are_always_spoiled_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes wrong again and again is no chance: the run ends, and says what."""
+    comparison, done = _comparison(monkeypatch, rounds.MOST_REPEATED + 1)
+    with pytest.raises(SpoiledError, match="spoiled"):
+        await comparison.run([TARGET], [b""])
+
+    assert [] == done
+
+
+def _comparison(monkeypatch: pytest.MonkeyPatch, spoiled: int) -> tuple[Any, list[str]]:
+    """A measurement of one counted round whose first turns are spoiled, and the list of those that are not."""
+    plan = rounds.Plan(keys=(1,), rounds=1, seconds=1.0, processes=1, in_use=1, seed=1)
+    nothing: Any = None
+    comparison: Any = rounds._Comparison(plan, nothing, nothing, TARGET, lambda _: None)  # noqa: SLF001 - its rule alone
+    left, done = spoiled, list[str]()
+
+    async def turn(*_: object) -> str:
+        nonlocal left
+        if left:
+            left -= 1
+            raise SpoiledError("spoiled")
+        done.append("turn")
+        return "turn"
+
+    monkeypatch.setattr(comparison, "_turn", turn)
+    monkeypatch.setattr(comparison, "_report", lambda _: None)
+    return comparison, done
 
 
 def test_calls_are_counted_while_all_connections_were_at_work() -> None:
