@@ -45,9 +45,14 @@ async def until_used(service: RunningService, key_id: str, expected: int) -> Non
     """Waits until a key's shared window holds so much."""
 
     async def is_so() -> bool:
-        return await used(service, key_id) == expected
+        found.append(await used(service, key_id))
+        return found[-1] == expected
 
-    await until(is_so)
+    found: list[int] = []
+    try:
+        await until(is_so)
+    except TimeoutError:
+        pytest.fail(f"the window holds {found[-1]}, not {expected}")
 
 
 async def test_one_limit_for_all(pair: Pair) -> None:
