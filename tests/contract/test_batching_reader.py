@@ -14,7 +14,7 @@ import pytest
 
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.domain.keys import KeyManager
-from latchgate.domain.model import Environment, KeyIdentity, KeyType, Lookup
+from latchgate.domain.model import Environment, KeyIdentity, KeyKind, KeyType, Lookup
 from latchgate.domain.token import digest
 from latchgate.storage.lookups import MAX_BATCH, RETRIED_WITHIN_S, BatchingKeyReader, FindMany, find_many, lookup_link
 from latchgate.storage.postgres import Database
@@ -501,31 +501,33 @@ async def test_known_and_unknown_digests_are_told_apart(store: PostgresStore, fi
 
 async def test_what_is_shown_of_a_key_is_all_of_it(database_url: str, store: PostgresStore) -> None:
     """What answers show of a key is written from all that was stored of it, with the earlier of the key's end and the
-    token's as its end, when it is loaded and not later.
+    token's as its end, when it is loaded and not later. What keys have in common is one object for all of them.
     """
     await insert_organization(store)
     sooner, later = (datetime(2090, 1, day, 12, 30, 0, 123456, tzinfo=UTC) for day in (1, 2))
     shown: dict[str, KeyIdentity] = {}
     expected = {}
+    kinds: dict[tuple[KeyType, tuple[str, ...]], KeyKind] = {}
 
     def note(identity: KeyIdentity) -> bytes:
         shown[identity.key_id] = identity
         return identity.key_id.encode()
 
     link = lookup_link(database_url)
-    for key_type, expire_time, end_time, end in (
-        (KeyType.SECRET, sooner, later, sooner),
-        (KeyType.PUBLISHABLE, later, sooner, sooner),
-        (KeyType.SECRET, later, None, later),
-        (KeyType.SECRET, None, later, later),
-        (KeyType.SECRET, None, None, None),
+    both = ("read", "write")
+    for key_type, permissions, expire_time, end_time, end in (
+        (KeyType.SECRET, both, sooner, later, sooner),
+        (KeyType.PUBLISHABLE, both, later, sooner, sooner),
+        (KeyType.SECRET, (), later, None, later),
+        (KeyType.SECRET, both, None, later, later),
+        (KeyType.SECRET, both, None, None, None),
     ):
         key, token = await insert_key(
             store,
             name="Billing",
             key_type=key_type,
             environment=Environment.TEST,
-            permissions=("read", "write"),
+            permissions=permissions,
             expire_time=expire_time,
             user_id="u1",
             user_email="u1@example.com",
@@ -534,15 +536,16 @@ async def test_what_is_shown_of_a_key_is_all_of_it(database_url: str, store: Pos
         async with connected(database_url) as connection:
             await connection.execute("UPDATE secret SET end_time = $2 WHERE key_id = $1", key.id, end_time)
         record = (await find_many(link, note)([digest(token)]))[digest(token)].record
+        kind = shown[key.id].kind
+        assert (key_type, Environment.TEST, permissions) == (kind.key_type, kind.environment, kind.permissions)
+        assert kind is kinds.setdefault((key_type, permissions), kind)
         expected[key.id] = KeyIdentity(
             key_id=key.id,
             organization_id="acme",
             user_id="u1",
             user_email="u1@example.com",
             key_name="Billing",
-            key_type=key_type,
-            environment=Environment.TEST,
-            permissions=("read", "write"),
+            kind=kind,
             create_s=key.create_time.timestamp(),
             end_s=end.timestamp() if end else math.inf,
             metadata={"team": "b"},
@@ -552,6 +555,7 @@ async def test_what_is_shown_of_a_key_is_all_of_it(database_url: str, store: Pos
             record.shown,
             record.expire_s,
         )
+        assert kind.grants is record.grants
         assert (end_time.timestamp() if end_time else math.inf) == record.secret_end_s
     link.cut()
 

@@ -33,9 +33,9 @@ ORGANIZATION_COLUMNS = {
 }  # fmt: skip
 PLAN_COLUMNS = {"id", "rate_limit_per_minute", "max_keys", "create_time", "update_time"}
 FOUND_COLUMNS = {
-    "secret_id", "key_id", "organization_id", "organization_active", "key_name", "key_type", "environment",
-    "permissions", "allowed_cidrs", "rate_limit_per_minute", "active", "revoked", "expire_s", "secret_end_s",
-    "create_s", "user_id", "user_email", "metadata", "plan_id",
+    "secret_id", "key_id", "organization_id", "organization_active", "key_name", "kind", "allowed_cidrs",
+    "rate_limit_per_minute", "active", "revoked", "expire_s", "secret_end_s", "create_s", "user_id", "user_email",
+    "metadata", "plan_id",
 }  # fmt: skip
 AUDIT_COLUMNS = {
     "organization_id", "sequence", "event_time", "actor_key_id", "actor_organization_id", "certificate",

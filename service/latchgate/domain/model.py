@@ -280,6 +280,19 @@ class Changed:
     effect: Effect
 
 
+class KeyKind:
+    """What many keys have in common: one and the same object for all that have it, so that it is known by itself."""
+
+    __slots__ = ("environment", "grants", "key_type", "permissions")
+
+    def __init__(self, key_type: KeyType, environment: Environment, permissions: tuple[str, ...]) -> None:
+        """Takes permissions that were checked for their form when they were stored."""
+        self.key_type = key_type
+        self.environment = environment
+        self.permissions = permissions
+        self.grants = Grants(permissions)
+
+
 class KeyIdentity(NamedTuple):
     """What an answer shows of a key. Times are in seconds since 1970; `end_s` is infinite where no end is set."""
 
@@ -288,9 +301,7 @@ class KeyIdentity(NamedTuple):
     user_id: str
     user_email: str
     key_name: str
-    key_type: KeyType
-    environment: Environment
-    permissions: tuple[str, ...]
+    kind: KeyKind
     create_s: float
     end_s: float
     metadata: Mapping[str, str]

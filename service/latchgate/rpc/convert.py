@@ -28,6 +28,7 @@ from latchgate.domain.model import (
     KeyDraft,
     KeyFilter,
     KeyIdentity,
+    KeyKind,
     KeyState,
     KeyType,
     Organization,
@@ -349,8 +350,7 @@ def unused_message(
 def identity(key: KeyIdentity) -> bytes:
     """Writes what a ValidateResponse shows of a key."""
     (
-        key_id, organization_id, user_id, user_email, key_name, key_type, environment, permissions,
-        create_s, end_s, told,
+        key_id, organization_id, user_id, user_email, key_name, kind, create_s, end_s, told,
     ) = key  # fmt: skip
     # One by one, which takes half as long as all at once by their names.
     message = key_service_pb2.ValidateResponse()
@@ -365,16 +365,16 @@ def identity(key: KeyIdentity) -> bytes:
     metadata = message.metadata
     for name, value in told.items():
         metadata[name] = value
-    return message.SerializeToString() + _kind(key_type, environment, permissions)
+    return message.SerializeToString() + _kind(kind)
 
 
 @lru_cache(maxsize=10_000)
-def _kind(key_type: KeyType, environment: Environment, permissions: tuple[str, ...]) -> bytes:
+def _kind(kind: KeyKind) -> bytes:
     """Writes what many keys have in common: written once, it is a part of the message of each."""
     return key_service_pb2.ValidateResponse(
-        key_type=_KEY_TYPE[key_type],
-        environment=_ENVIRONMENT[environment],
-        permissions=permissions,
+        key_type=_KEY_TYPE[kind.key_type],
+        environment=_ENVIRONMENT[kind.environment],
+        permissions=kind.permissions,
     ).SerializeToString()
 
 

@@ -319,6 +319,7 @@ _SECRET_HAS_ENDED = """(s.end_time IS NOT NULL AND EXISTS (
 
 # The hot query: all that validation needs of many digests, at one instant, with that instant and the newest change
 # which it shows. Always at least one row; digest is null where none of them is known. Times are seconds since 1970.
+# What many keys have in common is one value, of words without blanks: each value takes a worker some time.
 SECRET_FIND = (
     """
 SELECT head.now_s, head.revision, found.*
@@ -328,7 +329,8 @@ FROM (
 ) head
 LEFT JOIN LATERAL (
     SELECT s.digest, s.id AS secret_id, k.id AS key_id, k.organization_id, o.active AS organization_active, o.plan_id,
-           k.name AS key_name, k.key_type, k.environment, k.permissions, k.allowed_cidrs,
+           k.name AS key_name,
+           k.key_type || ' ' || k.environment || ' ' || array_to_string(k.permissions, ' ') AS kind, k.allowed_cidrs,
            CASE WHEN k.rate_limit_per_minute > 0 THEN k.rate_limit_per_minute ELSE p.rate_limit_per_minute END
                AS rate_limit_per_minute,
            k.active, k.revoke_time IS NOT NULL OR """

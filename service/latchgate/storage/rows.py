@@ -21,6 +21,7 @@ from latchgate.domain.model import (
     Key,
     KeyDraft,
     KeyIdentity,
+    KeyKind,
     KeyRecord,
     KeyType,
     Network,
@@ -30,7 +31,6 @@ from latchgate.domain.model import (
     Scope,
     Secret,
 )
-from latchgate.domain.permissions import Grants
 from latchgate.domain.trail import SuspiciousUse
 
 Row = asyncpg.Record
@@ -83,17 +83,16 @@ def _network(cidr: str) -> Network:
 
 
 @lru_cache(maxsize=10_000)
-def _kind(
-    key_type: str, environment: str, permissions: tuple[str, ...]
-) -> tuple[KeyType, Environment, tuple[str, ...], Grants]:
-    """Reads what many keys have in common."""
-    return _KEY_TYPES[key_type], _ENVIRONMENTS[environment], permissions, Grants(permissions)
+def _kind(words: str) -> KeyKind:
+    """Reads a type, an environment and permissions, with blanks between."""
+    key_type, environment, *permissions = words.split()
+    return KeyKind(_KEY_TYPES[key_type], _ENVIRONMENTS[environment], tuple(permissions))
 
 
 _found: Final = itemgetter(
-    "secret_id", "key_id", "organization_id", "organization_active", "plan_id", "key_name", "key_type", "environment",
-    "permissions", "allowed_cidrs", "rate_limit_per_minute", "active", "revoked", "expire_s", "secret_end_s",
-    "create_s", "user_id", "user_email", "metadata",
+    "secret_id", "key_id", "organization_id", "organization_active", "plan_id", "key_name", "kind", "allowed_cidrs",
+    "rate_limit_per_minute", "active", "revoked", "expire_s", "secret_end_s", "create_s", "user_id", "user_email",
+    "metadata",
 )  # fmt: skip
 
 
@@ -103,29 +102,25 @@ def key_record(row: Row, show: Show) -> KeyRecord:
     Each lookup waits for this. So values are taken out at once, and given on by their places: names cost time.
     """
     (
-        secret_id, key_id, organization_id, organization_active, plan_id, key_name, key_type, environment,
-        permissions, cidrs, rate_limit_per_minute, active, revoked, expire_s, secret_end_s,
-        create_s, user_id, user_email, metadata,
+        secret_id, key_id, organization_id, organization_active, plan_id, key_name, words, cidrs,
+        rate_limit_per_minute, active, revoked, expire_s, secret_end_s, create_s, user_id, user_email,
+        metadata,
     ) = _found(row)  # fmt: skip
     organization_id = intern(organization_id)
-    type_, environment, permissions, grants = _kind(key_type, environment, tuple(permissions))
+    kind = _kind(words)
     # The one infinity, where there is none: of a million records each would have its own.
     expire_s = _NEVER if expire_s == _NEVER else expire_s
     secret_end_s = _NEVER if secret_end_s == _NEVER else secret_end_s
-    end_s = min(secret_end_s, expire_s)
-    told = {} if metadata == "{}" else _read_json(metadata)[0]
     shown = KeyIdentity(
         key_id,
         organization_id,
         user_id,
         user_email,
         key_name,
-        type_,
-        environment,
-        permissions,
+        kind,
         create_s,
-        end_s,
-        told,
+        min(secret_end_s, expire_s),
+        {} if metadata == "{}" else _read_json(metadata)[0],
     )
     return KeyRecord(
         secret_id,
@@ -133,7 +128,7 @@ def key_record(row: Row, show: Show) -> KeyRecord:
         organization_id,
         organization_active,
         intern(plan_id),
-        grants,
+        kind.grants,
         tuple(map(_network, cidrs)) if cidrs else (),
         rate_limit_per_minute,
         active,
