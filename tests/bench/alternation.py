@@ -29,6 +29,9 @@ LEAD_S = 0.3
 TOLD_S = 0.07
 """A call that begins later than so long before its load is stopped may be told late: how long it took is not known."""
 
+REST_S = 10.0
+"""For how long servers are watched that nobody calls."""
+
 SETTLING_S = 0.3
 STARTING_S = 1.0
 """How long it may take until all is started, on a slow machine; what is left of it is not used."""
@@ -62,13 +65,29 @@ class Slice:
     load_s: float
 
 
+async def at_rest(targets: Sequence[Target], seconds: float = REST_S) -> list[float]:
+    """Tells what part of a core each server uses while none of them is called."""
+    before_s = [threads_cpu_s(target.pid) for target in targets]
+    start_s = time.monotonic()
+    await asyncio.sleep(seconds)
+    lasted_s = time.monotonic() - start_s
+    after_s = [threads_cpu_s(target.pid) for target in targets]
+    return [each / lasted_s for each in map(grown_s, before_s, after_s)]
+
+
 async def by_turns(
-    loads: tuple[Load, Load], targets: tuple[Target, Target], feeds: Sequence[Feed], seconds: float
+    loads: tuple[Load, Load],
+    targets: tuple[Target, Target],
+    feeds: Sequence[Feed],
+    seconds: float,
+    *,
+    rests: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Called, Called]:
     """Has each load call its target for so many seconds in all. Raises BenchError.
 
     What a server does while it is not called, it takes from the other, but it is its own: the time is counted as if it
-    had done it while it was called.
+    had done it while it was called. That is not so of what it does at any time, called or not, of which `rests` says
+    what part of a core it takes: it does it while it is called as well.
     """
     count = max(1, round(seconds / SLICE_S))
     lasting_s = STARTING_S + SETTLING_S + 2 * count * (LEAD_S + SLICE_S + GAP_S)
@@ -94,7 +113,7 @@ async def by_turns(
         if len(slices[1]) < count / 2:
             raise BenchError("h2load takes so long to start that hardly any time is left to count")
         bursts = [await each.burst([one.window for one in own]) for own, each in zip(slices, callers, strict=True)]
-    first, second = (called(number, bursts[number], slices) for number in (0, 1))
+    first, second = (called(number, bursts[number], slices, rests[number]) for number in (0, 1))
     return first, second
 
 
@@ -111,13 +130,17 @@ async def _slice(targets: tuple[Target, Target], load: Load) -> Slice:
     )
 
 
-def called(number: int, burst: Burst, slices: tuple[list[Slice], list[Slice]]) -> Called:
-    """Counts what one of the two did, and the time that it took for it. Raises BenchError."""
+def called(number: int, burst: Burst, slices: tuple[list[Slice], list[Slice]], rest: float = 0.0) -> Called:
+    """Counts what one of the two did, and the time that it took for it. Raises BenchError.
+
+    `rest` is the part of a core that it takes whether it is called or not.
+    """
     own, others = slices[number], slices[1 - number]
     window_s = sum(each.window.lasts_s for each in own)
     calls = burst.per_s * window_s
     # What it did in the other's time, less what the other did in its.
-    beside_s = sum(each.used_s[number] for each in others)
+    resting_s = rest * sum(each.window.lasts_s for each in others)
+    beside_s = max(sum(each.used_s[number] for each in others) - resting_s, 0.0)
     taken_s = sum(each.used_s[1 - number] for each in own)
     if taken_s >= window_s:
         raise BenchError("the server that was not called was at work all the time")

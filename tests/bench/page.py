@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 
 from bench import report
-from bench.alternation import GAP_S, LEAD_S, SLICE_S
+from bench.alternation import GAP_S, LEAD_S, REST_S, SLICE_S
 from bench.load import TURN_S
 from bench.machine import Layout, cpu_model, versions
 from bench.report import spread
@@ -51,6 +51,7 @@ def write(plan: Plan, layout: Layout, results: Results, note: str) -> str:
 
 
 def _method(plan: Plan, results: Results) -> Iterator[str]:
+    rests = spread([results.rests[name] * 100 for name in results.keys], ".1f")
     asked = " and ".join(f"{results.distinct_keys[keys]:,} of {keys:,}" for keys in results.distinct_keys if keys > 1)
     yield (
         "**Memory**: `latchgate serve` with one worker and else its default settings, which has been asked for every"
@@ -73,10 +74,12 @@ def _method(plan: Plan, results: Results) -> Iterator[str]:
         f" longer than that, it does to both. Before each such slice nobody is called for {GAP_S * 1000:g} ms, and"
         f" then the one whose turn it is for {LEAD_S * 1000:g} ms that are not counted: until then the processor's"
         " caches are as the other has left them. What a server does while the other is called is charged to it: its"
-        " processor time then is added to its own time, and taken off the other's. A first round is not counted. All"
-        " servers run all the time: what those take that are not asked, they take from both alike. Every five"
-        " seconds a service writes how keys were used, which comes in some turns and in others not; after its turn"
-        " it is waited for."
+        " processor time then is added to its own time, and taken off the other's; but for what it does at any time,"
+        " called or not, which it has done in its own time as well: that is what each server was seen to take in"
+        f" {REST_S:g} s in which none was called ({rests} % of the core for each service). A first round is not"
+        " counted. All servers run all the time: what those take that are not asked, they take from both alike."
+        " Every five seconds a service writes how keys were used, which comes in some turns and in others not; after"
+        " its turn it is waited for."
     )
     yield (
         f"**Load**: {plan.processes} processes of `h2load` for each of the two, with one connection and one request"

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from bench import database, servers
-from bench.alternation import Called, by_turns
+from bench.alternation import Called, at_rest, by_turns
 from bench.database import Cluster, Seeded
 from bench.load import Burst, Load
 from bench.machine import BenchError, Layout, SpoiledError, grown_s
@@ -72,6 +72,7 @@ class Results:
 
     turns: Sequence[Turn]
     repeated: int
+    rests: dict[str, float]
     keys: dict[str, int]
     sources: dict[str, Source]
     request_bytes: int
@@ -129,6 +130,7 @@ async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
         return Results(
             turns=turns,
             repeated=comparison.repeated,
+            rests=comparison.rests,
             keys={each.name: each.seeded.keys for each in services},
             sources={each.name: each.source for each in services},
             request_bytes=len(services[-1].bodies[0]) - FRAME_BYTES,
@@ -162,6 +164,8 @@ class _Comparison:
         self._yardstick = yardstick
         self._say = say
         self.repeated = 0
+        # What part of a core each server takes while none is called.
+        self.rests: dict[str, float] = {}
         # One of their own for the order, which is the same each time so.
         self._order, self._choice = (random.Random(plan.seed + number) for number in range(2))  # noqa: S311 - no secret
 
@@ -175,6 +179,9 @@ class _Comparison:
         self._say(f"measuring: {turns} turns of {self._plan.seconds:g} s for each of two")
         counted = []
         for number in range(self._plan.rounds + 1):
+            if number == 1:
+                everyone = [self._yardstick, *targets]
+                self.rests = dict(zip((each.name for each in everyone), await at_rest(everyone), strict=True))
             for target in self._order.sample(targets, len(targets)):
                 turn = await self._unspoiled(number, target, bodies)
                 self._report(turn)
@@ -233,7 +240,8 @@ class _Comparison:
         """Calls a server and the no-op; in every second round the no-op goes first."""
         order = (self._yardstick, target) if number % 2 else (target, self._yardstick)
         feeds = [partial(self._choice.choice, bodies)] * self._plan.processes
-        called = await by_turns(self._loads, order, feeds, self._plan.seconds)
+        first, second = (self.rests.get(each.name, 0.0) for each in order)
+        called = await by_turns(self._loads, order, feeds, self._plan.seconds, rests=(first, second))
         for each, one in zip(called, order, strict=True):
             check_sizes(each.burst, one)
         noop, server = called if number % 2 else reversed(called)

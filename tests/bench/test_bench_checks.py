@@ -182,6 +182,19 @@ def test_what_is_done_in_the_others_time_is_charged() -> None:
     assert pytest.approx(1.4e6 / 200) == second.server_cpu_us
 
 
+def test_what_is_done_at_any_time_is_charged_once() -> None:
+    """What a server does whether it is called or not it has done in its own time: in the other's it is not charged."""
+    window = Window(begin_s=0.0, told_s=0.8, end_s=1.0)
+    own, others = (Slice(window=window, used_s=(used_s, 0.5), load_s=0.6) for used_s in (0.9, 0.25))
+    slices = ([own, own], [others, others])
+
+    charged = [called(0, BURST, slices, rest) for rest in (0.1, 0.25, 0.3)]
+
+    # 200 calls within 2 s, of which the other worked for one; beside, half a second less a tenth of the two.
+    assert [pytest.approx(200 / each) for each in (1.3, 1.0, 1.0)] == [each.per_s for each in charged]
+    assert [pytest.approx(each * 1e6 / 200) for each in (2.1, 1.8, 1.8)] == [each.server_cpu_us for each in charged]
+
+
 @pytest.mark.parametrize(
     ("output", "log"),
     [("h2load: unknown option", "1\t200\t1\n9\t200\t1\n"), (H2LOAD, ""), (H2LOAD, "1\t200\t1\n")],
