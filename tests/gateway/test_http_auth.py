@@ -42,6 +42,7 @@ async def ask(
         is_json = answer.content_type == "application/json"
         reason = (await answer.json())["error"]["reason"] if is_json else ""
         assert reason == answer.headers.get("x-latchgate-reason", "")
+        assert "latchgate" == answer.headers["server"]
         return Answer(status=answer.status, reason=reason, headers=answer.headers.copy())
 
 
@@ -137,6 +138,7 @@ async def test_what_can_not_be_read(acme: Tenant) -> None:
         assert "400" == answer.split()[1]
         assert "MALFORMED_REQUEST" in answer
         assert token not in answer
+        assert "aiohttp" not in answer
 
 
 async def test_other_paths(http: ClientSession, acme: Tenant) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Final
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.web_protocol import RequestHandler
 
 from latchgate.gateway.answers import COME_BACK, UNDECIDED, Denial
@@ -15,6 +15,11 @@ from latchgate.web.auth import AuthEndpoint, refusal
 MAX_HEADER_BYTES: Final = 128 * 1024
 """Of one header: more than a gateway lets through of all that its client sent."""
 MAX_HEADERS: Final = 1024
+
+NAME: Final = "latchgate"
+"""What answers name as their server: gateways hand refusals on to clients as they are, whom our libraries' versions do
+not concern.
+"""
 
 UNREADABLE: Final = Denial("INVALID_ARGUMENT", 400, "MALFORMED_REQUEST", "the request can not be read")
 
@@ -39,7 +44,7 @@ class _Handler(RequestHandler):
         failed = status >= HTTPStatus.INTERNAL_SERVER_ERROR
         response = refusal(UNDECIDED, COME_BACK) if failed else refusal(UNREADABLE, {})
         response.force_close()
-        return response
+        return _named(response)
 
 
 class _Server(web.Server):
@@ -100,4 +105,9 @@ class HttpServer:
         response = await self._endpoint.answer(request)
         if self._is_retiring:
             response.force_close()
-        return response
+        return _named(response)
+
+
+def _named(response: web.Response) -> web.Response:
+    response.headers[hdrs.SERVER] = NAME
+    return response
