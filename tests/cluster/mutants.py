@@ -18,7 +18,7 @@ from latchgate import app
 from latchgate.domain.coherence import Coherence, LeaseTerms, LogReading, Reading
 from latchgate.domain.effects import standing
 from latchgate.domain.model import Effect, Lookup
-from latchgate.storage import effects, queries
+from latchgate.storage import effects, queries_coherence
 from latchgate.storage.coherence import RENEWALS_A_LEASE, Membership
 from latchgate.storage.effects import EffectPoller
 from latchgate.storage.lookups import BatchingKeyReader
@@ -126,7 +126,7 @@ def acknowledges_before_applying() -> None:
     async def acknowledge_first(self: Membership, connection: Any, *, is_renewal: bool) -> Reading:
         head = await connection.fetchval("SELECT max(revision) FROM change_log")
         if head is not None and head > self._coherence.applied_revision:
-            await connection.execute(queries.WORKER_ACKNOWLEDGE, self._incarnation, head)
+            await connection.execute(queries_coherence.WORKER_ACKNOWLEDGE, self._incarnation, head)
         return await read(self, connection, is_renewal=is_renewal)
 
     Membership._read = acknowledge_first  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.postgres import Postgres
 from cluster.wire import Link, Loss, Way, Wire
-from latchgate.storage import queries
+from latchgate.storage import queries, queries_coherence
 from latchgate.storage.lookups import lookup_link
 from latchgate.storage.migrate import migrate
 from support.databases import DEADLINE_S, until
@@ -59,9 +59,9 @@ async def connection(wire: Wire, database_url: str) -> AsyncIterator[asyncpg.Con
     ("link", "statement", "arguments"),
     [
         (Link.LISTEN, "LISTEN latchgate_change", ()),
-        (Link.LOG, queries.WORKER_INSERT, (uuid4(), 1.0)),
-        (Link.LOG, queries.LOG_READ_RENEWING, (uuid4(), 0, 1)),
-        (Link.EFFECTS, queries.WORKER_LIST, ()),
+        (Link.LOG, queries_coherence.WORKER_INSERT, (uuid4(), 1.0)),
+        (Link.LOG, queries_coherence.LOG_READ_RENEWING, (uuid4(), 0, 1)),
+        (Link.EFFECTS, queries_coherence.WORKER_LIST, ()),
         (Link.POOL, "BEGIN;", ()),
         (Link.OTHER, queries.DATABASE_PROBE, ()),
         (Link.OTHER, "UNLISTEN *", ()),

@@ -17,7 +17,7 @@ from latchgate.domain.coherence import LeaseTerms
 from latchgate.domain.effects import MAX_LEASE_S
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.domain.model import Effect
-from latchgate.storage import queries
+from latchgate.storage import queries_coherence
 from latchgate.storage.effects import EffectPoller
 from latchgate.storage.link import Link
 from latchgate.storage.postgres import Connection
@@ -62,7 +62,7 @@ async def poller(database_url: str) -> AsyncIterator[EffectPoller]:
 
 async def acknowledge(connection: Connection, incarnation: UUID, revision: int) -> None:
     """Has a worker's row say what it has applied."""
-    await connection.execute(queries.WORKER_ACKNOWLEDGE, incarnation, revision)
+    await connection.execute(queries_coherence.WORKER_ACKNOWLEDGE, incarnation, revision)
 
 
 async def has_looked(connection: Connection) -> None:
@@ -183,7 +183,7 @@ async def test_worker_that_renews_meanwhile_is_not_taken_off(poller: EffectPolle
     """
     renewing = await insert_worker(observer, lease_s=SHORT_S)
     revision = await log_change(observer)
-    await observer.fetch(queries.LOG_READ_RENEWING, renewing, 0, 10)
+    await observer.fetch(queries_coherence.LOG_READ_RENEWING, renewing, 0, 10)
     # Behind the other one, so that it is gone only when the other one was looked at.
     silent = await insert_worker(observer, lease_s=SHORT_S)
     assert Effect(revision=revision) == await poller.wait(revision, math.inf)
@@ -224,15 +224,15 @@ async def test_taking_off_is_compare_and_set(observer: Connection) -> None:
     """A worker is taken off only if its row still is as it was judged."""
     worker = await insert_worker(observer)
     revision = await log_change(observer)
-    await observer.fetch(queries.LOG_READ_RENEWING, worker, 0, 10)
+    await observer.fetch(queries_coherence.LOG_READ_RENEWING, worker, 0, 10)
     renewals = await observer.fetchval("SELECT renewals FROM worker")
-    assert await observer.fetchval(queries.WORKER_EVICT, worker, renewals, revision) is None
-    assert await observer.fetchval(queries.WORKER_EVICT_SILENT, worker, 0) is None
+    assert await observer.fetchval(queries_coherence.WORKER_EVICT, worker, renewals, revision) is None
+    assert await observer.fetchval(queries_coherence.WORKER_EVICT_SILENT, worker, 0) is None
     assert {worker} == set(await workers(observer))
-    assert await observer.fetchval(queries.WORKER_EVICT_SILENT, worker, renewals)
+    assert await observer.fetchval(queries_coherence.WORKER_EVICT_SILENT, worker, renewals)
     worker = await insert_worker(observer)
-    assert await observer.fetchval(queries.WORKER_EVICT, worker, 1, revision) is None
-    assert await observer.fetchval(queries.WORKER_EVICT, worker, 0, revision)
+    assert await observer.fetchval(queries_coherence.WORKER_EVICT, worker, 1, revision) is None
+    assert await observer.fetchval(queries_coherence.WORKER_EVICT, worker, 0, revision)
     assert {} == await workers(observer)
 
 
@@ -331,7 +331,7 @@ async def test_sweep_takes_off_those_that_are_silent(database_url: str, observer
     short, renewing, long = [await insert_worker(observer, lease_s=lease_s) for lease_s in (1, 1, 10)]
     await poller.sweep()
     clock.advance(wait_of(1))
-    await observer.fetch(queries.LOG_READ_RENEWING, renewing, 0, 10)
+    await observer.fetch(queries_coherence.LOG_READ_RENEWING, renewing, 0, 10)
     await poller.sweep()
     assert {short, renewing, long} == set(await workers(observer))
     clock.advance(0.001)
@@ -360,8 +360,8 @@ async def test_sweep_begins_anew_in_another_history(
     await poller.sweep()
     clock.advance(wait_of(1) + 1)
     history = "substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)"
-    assert history in queries.WORKER_LIST
-    monkeypatch.setattr(queries, "WORKER_LIST", queries.WORKER_LIST.replace(history, "'another'"))
+    assert history in queries_coherence.WORKER_LIST
+    monkeypatch.setattr(queries_coherence, "WORKER_LIST", queries_coherence.WORKER_LIST.replace(history, "'another'"))
     await poller.sweep()
     assert {worker} == set(await workers(observer))
     clock.advance(wait_of(1) + 0.001)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from latchgate.storage import queries_outbox
 from latchgate.storage.postgres import Database
+from support.statements import OUTBOX, prepared, statements
 
 WEBHOOK_COLUMNS = {
     "id", "organization_id", "url", "event_types", "enabled", "disable_time", "disable_reason", "failing_since",
@@ -78,13 +78,4 @@ async def test_every_statement_fits_the_schema(database: Database) -> None:
     """Each constant can be prepared against the migrated schema, takes what its callers pass and gives what they read.
     A constant that is added without an entry in this table fails here.
     """
-    actual = {}
-    async with database.connection() as connection:
-        for name, value in vars(queries_outbox).items():
-            if name.startswith("_") or not isinstance(value, str) or not name.isupper():
-                continue
-            statement = await connection.prepare(value)
-            parameters = " ".join(parameter.name for parameter in statement.get_parameters())
-            actual[name] = (parameters, {attribute.name for attribute in statement.get_attributes()})
-
-    assert STATEMENTS == actual
+    assert STATEMENTS == await prepared(database, statements()[OUTBOX])

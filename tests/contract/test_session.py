@@ -10,10 +10,10 @@ from typing import Any
 import asyncpg
 import pytest
 
-from latchgate.storage import queries, queries_outbox, queries_tokens, queries_usage
 from latchgate.storage.link import Link
 from latchgate.storage.postgres import Connection, Database
 from latchgate.storage.session import ARRAYS
+from support.statements import statements
 
 VALUES: dict[str, list[Any]] = {
     "bytea": [b"", b"\x00\xff", None],
@@ -42,16 +42,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 async def test_no_statement_has_a_type_asked_for(database: Database, asked: list[int]) -> None:
     """Of what the statements take and give the driver knows all, in every connection."""
-    statements = [
-        value
-        for module in (queries, queries_outbox, queries_tokens, queries_usage)
-        for name, value in vars(module).items()
-        if name.isupper() and not name.startswith("_") and isinstance(value, str)
-    ]
+    all_statements = [each for named in statements().values() for each in named.values()]
     async with database.connection() as connection:
-        for statement in statements:
+        for statement in all_statements:
             await connection.prepare(statement)
-    assert (True, []) == (len(statements) > 100, asked)
+    assert (True, []) == (len(all_statements) > 100, asked)
 
 
 @pytest.mark.parametrize("element", VALUES)

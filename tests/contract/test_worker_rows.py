@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from latchgate.storage import queries
+from latchgate.storage import queries_coherence
 from latchgate.storage.coherence import FORGET_ROWS, forget_changes
 from latchgate.storage.postgres import Connection, Database
 from support.databases import connected, insert_worker, log_change, workers
@@ -56,9 +56,9 @@ async def test_registrations_and_renewals_are_safe_on_disk(noting: Connection, s
     """
     worker = uuid4()
     await noting.execute(f"SET synchronous_commit = {setting}")
-    await noting.execute(queries.WORKER_INSERT, worker, 10.0)
+    await noting.execute(queries_coherence.WORKER_INSERT, worker, 10.0)
     assert [("INSERT", expected)] == await noted(noting)
-    await noting.fetch(queries.LOG_READ_RENEWING, worker, 0, 10)
+    await noting.fetch(queries_coherence.LOG_READ_RENEWING, worker, 0, 10)
     assert [("UPDATE", expected)] == await noted(noting)
     assert setting == await noting.fetchval("SHOW synchronous_commit")
 
@@ -71,7 +71,7 @@ async def test_acknowledgements_do_not_wait_for_the_disk(noting: Connection, set
     worker = await insert_worker(noting)
     await noting.execute(f"SET synchronous_commit = {setting}")
     await noted(noting)
-    await noting.execute(queries.WORKER_ACKNOWLEDGE, worker, 7)
+    await noting.execute(queries_coherence.WORKER_ACKNOWLEDGE, worker, 7)
     assert [("UPDATE", "off")] == await noted(noting)
     assert setting == await noting.fetchval("SHOW synchronous_commit")
 
@@ -80,8 +80,8 @@ async def test_registration_starts_from_nothing(observer: Connection) -> None:
     """A new row has applied and seen nothing, so that it is waited for from the moment that it stands."""
     revision = await log_change(observer)
     incarnation = uuid4()
-    await observer.execute(queries.WORKER_INSERT, incarnation, 2.5)
-    (row,) = await observer.fetch(queries.WORKER_LIST)
+    await observer.execute(queries_coherence.WORKER_INSERT, incarnation, 2.5)
+    (row,) = await observer.fetch(queries_coherence.WORKER_LIST)
     assert (incarnation, 0, 0, 0, 2.5) == tuple(
         row[name] for name in ("incarnation", "applied_revision", "seen_revision", "renewals", "lease_s")
     )
@@ -93,10 +93,10 @@ async def test_reading_of_the_log(observer: Connection) -> None:
     and it gives that newest revision also if nothing has come. It says whether the worker's row still stands.
     """
     worker = await insert_worker(observer)
-    (empty,) = await observer.fetch(queries.LOG_READ, worker, 0, 10)
+    (empty,) = await observer.fetch(queries_coherence.LOG_READ, worker, 0, 10)
     assert (0, True, None, None) == (empty["head"], empty["is_member"], empty["entity"], empty["entity_id"])
     revisions = [await log_change(observer, "key", f"key_{number}") for number in range(5)]
-    for statement in (queries.LOG_READ, queries.LOG_READ_RENEWING):
+    for statement in (queries_coherence.LOG_READ, queries_coherence.LOG_READ_RENEWING):
         rows = await observer.fetch(statement, worker, revisions[1], 2)
         assert [("key_2", revisions[4], True), ("key_3", revisions[4], True)] == [
             (row["entity_id"], row["head"], row["is_member"]) for row in rows
@@ -112,15 +112,15 @@ async def test_renewal_notes_what_it_has_read(observer: Connection) -> None:
     """A renewal counts, takes over what was applied, and notes the newest revision of its own reading."""
     worker, other = await insert_worker(observer), await insert_worker(observer)
     revision = await log_change(observer)
-    await observer.fetch(queries.LOG_READ_RENEWING, worker, revision - 1, 10)
-    rows = {row["incarnation"]: row for row in await observer.fetch(queries.WORKER_LIST)}
+    await observer.fetch(queries_coherence.LOG_READ_RENEWING, worker, revision - 1, 10)
+    rows = {row["incarnation"]: row for row in await observer.fetch(queries_coherence.WORKER_LIST)}
     assert (1, revision - 1, revision) == _state(rows[worker])
     assert (0, 0, 0) == _state(rows[other])
-    await observer.fetch(queries.LOG_READ, worker, revision, 10)
-    await observer.execute(queries.WORKER_ACKNOWLEDGE, worker, revision)
-    rows = {row["incarnation"]: row for row in await observer.fetch(queries.WORKER_LIST)}
+    await observer.fetch(queries_coherence.LOG_READ, worker, revision, 10)
+    await observer.execute(queries_coherence.WORKER_ACKNOWLEDGE, worker, revision)
+    rows = {row["incarnation"]: row for row in await observer.fetch(queries_coherence.WORKER_LIST)}
     assert (1, revision, revision) == _state(rows[worker])
-    await observer.execute(queries.WORKER_DELETE, worker)
+    await observer.execute(queries_coherence.WORKER_DELETE, worker)
     assert {other} == set(await workers(observer))
 
 
@@ -143,7 +143,7 @@ async def kept(connection: Connection) -> list[int]:
 
 async def acknowledge(connection: Connection, incarnation: UUID, revision: int) -> None:
     """Has a worker's row say what it has applied."""
-    await connection.execute(queries.WORKER_ACKNOWLEDGE, incarnation, revision)
+    await connection.execute(queries_coherence.WORKER_ACKNOWLEDGE, incarnation, revision)
 
 
 async def test_old_changes_that_all_have_applied_are_forgotten(database: Database, observer: Connection) -> None:

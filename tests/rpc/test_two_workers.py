@@ -17,7 +17,7 @@ from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
 from latchgate.domain.coherence import LeaseTerms
-from latchgate.storage import queries
+from latchgate.storage import queries, queries_coherence
 from support.databases import insert_worker, until, workers
 from support.imports import foreign_token, import_rows, new_rows, row
 from support.keys import (
@@ -104,7 +104,7 @@ async def pair(services: tuple[RunningService, RunningService]) -> AsyncIterator
         real = set(await workers(connection))
         yield Pair(tenant=await make_tenant(one, "acme"), other=other)
         for incarnation in set(await workers(connection)) - real:
-            await connection.execute(queries.WORKER_DELETE, incarnation)
+            await connection.execute(queries_coherence.WORKER_DELETE, incarnation)
 
 
 Changing = Callable[[Tenant, str], Awaitable[Any]]
@@ -275,10 +275,10 @@ async def test_repeating_a_pending_change_waits_again(pair: Pair) -> None:
 
         rotating = asyncio.create_task(rotate(20))
         revoking = asyncio.create_task(revoke(pair, created.key.id, 20))
-        await connection.execute(queries.WORKER_ACKNOWLEDGE, worker, rotated[0].effect.revision)
+        await connection.execute(queries_coherence.WORKER_ACKNOWLEDGE, worker, rotated[0].effect.revision)
         assert is_effective((await rotating).effect)
         assert not revoking.done()
-        await connection.execute(queries.WORKER_ACKNOWLEDGE, worker, changed[0].effect.revision)
+        await connection.execute(queries_coherence.WORKER_ACKNOWLEDGE, worker, changed[0].effect.revision)
         last = (await revoking).effect
         assert (True, changed[0].effect.revision) == (is_effective(last), last.revision)
 
@@ -314,7 +314,7 @@ async def test_min_revision_at_the_other(pair: Pair) -> None:
             async with connection.transaction():
                 await connection.execute(queries.CHANGE_LOCK_TAKE, queries.CHANGE_LOCK)
                 await connection.execute("UPDATE key SET active = $2 WHERE id = $1", created.key.id, number % 2 == 1)
-                revision = await connection.fetchval(queries.CHANGE_INSERT, "key", created.key.id)
+                revision = await connection.fetchval(queries_coherence.CHANGE_INSERT, "key", created.key.id)
             expected = "VALID" if number % 2 == 1 else "INACTIVE"
             for answer in await pair.answers(created.token, min_revision=revision):
                 assert (expected, True) == (outcome_of(answer), answer.revision >= revision)
@@ -402,5 +402,5 @@ async def test_import_waits_again(pair: Pair) -> None:
         pending = [await import_rows(service, "", rows, caller, 1.0) for _ in range(2)]
         assert [key_pb2.EFFECT_STATE_PENDING] * 2 == [response.effect.state for response in pending]
         assert pending[0].effect.revision <= pending[1].effect.revision
-        await connection.execute(queries.WORKER_ACKNOWLEDGE, worker, pending[1].effect.revision)
+        await connection.execute(queries_coherence.WORKER_ACKNOWLEDGE, worker, pending[1].effect.revision)
         assert is_effective((await import_rows(service, "", rows, caller, 10.0)).effect)

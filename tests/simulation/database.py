@@ -1,6 +1,6 @@
 """A database that lives in simulated time: what it holds, what it can lose, and the statements that it understands.
 
-It does what the statements of latchgate.storage.queries promise, and as little beyond that as PostgreSQL promises: each
+It does what the statements of latchgate.storage promise, and as little beyond that as PostgreSQL promises: each
 reads one snapshot, writes later, and a crash may take back what was committed with synchronous_commit off.
 """
 
@@ -15,7 +15,7 @@ from uuid import UUID
 from latchgate.domain.coherence import Entity
 from latchgate.domain.model import Environment, KeyType, Outcome
 from latchgate.domain.token import TokenFormat, digest
-from latchgate.storage import queries
+from latchgate.storage import queries, queries_coherence
 
 # The one statement that stands for all that management commits; see Change.
 CHANGE: Final = "a change"
@@ -179,9 +179,9 @@ class Database:
         """Does what a statement reads, in one snapshot."""
         if query == queries.SECRET_FIND:
             return self._find(args[0], now_s)
-        if query in {queries.LOG_READ, queries.LOG_READ_RENEWING}:
+        if query in {queries_coherence.LOG_READ, queries_coherence.LOG_READ_RENEWING}:
             return self._read_log(args[0], args[1], args[2], now_s)
-        if query == queries.WORKER_LIST:
+        if query == queries_coherence.WORKER_LIST:
             return [
                 {
                     "incarnation": incarnation,
@@ -201,18 +201,18 @@ class Database:
         row = workers.get(args[0]) if args and isinstance(args[0], UUID) else None
         if query == CHANGE:
             return [{"revision": self._change(args[0])}]
-        if query == queries.WORKER_INSERT:
+        if query == queries_coherence.WORKER_INSERT:
             self._commit(_set(args[0], WorkerRow(lease_s=args[1])), is_safe=True)
-        elif query == queries.WORKER_DELETE:
+        elif query == queries_coherence.WORKER_DELETE:
             self._commit(_drop(args[0]), is_safe=True)
-        elif query in {queries.WORKER_EVICT, queries.WORKER_EVICT_SILENT}:
+        elif query in {queries_coherence.WORKER_EVICT, queries_coherence.WORKER_EVICT_SILENT}:
             if row is None or self.has_come_back(query, row, *args[1:]):
                 return []
             self._commit(_drop(args[0]), is_safe=True)
             return [{"bool": True}]
-        elif query == queries.WORKER_ACKNOWLEDGE and row is not None:
+        elif query == queries_coherence.WORKER_ACKNOWLEDGE and row is not None:
             self._commit(_set(args[0], replace(row, applied_revision=args[1])), is_safe=_is_safe(query))
-        elif query == queries.LOG_READ_RENEWING:
+        elif query == queries_coherence.LOG_READ_RENEWING:
             if row is None or not rows[0]["is_member"]:
                 return [each | {"is_member": False} for each in rows]
             head = rows[0]["head"]
@@ -227,7 +227,8 @@ class Database:
 
     def has_come_back(self, query: str, row: WorkerRow, renewals: int, revision: int = 0) -> bool:
         """Says whether a worker is not to be taken off: it has renewed its row since, or the change is lost."""
-        if query == queries.WORKER_EVICT and (row.seen_revision >= revision or revision > len(self.state.log)):
+        is_lost = revision > len(self.state.log)
+        if query == queries_coherence.WORKER_EVICT and (row.seen_revision >= revision or is_lost):
             return True
         return row.renewals != renewals
 

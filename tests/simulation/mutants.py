@@ -19,7 +19,7 @@ from latchgate.domain.effects import Member
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.domain.model import Lookup
 from latchgate.storage import effects as effects_module
-from latchgate.storage import queries
+from latchgate.storage import queries_coherence
 from latchgate.storage.coherence import Membership
 from latchgate.storage.effects import EffectPoller
 from latchgate.storage.lookups import BatchingKeyReader
@@ -87,7 +87,7 @@ async def _members_taken_off(connection: Any) -> Sequence[Member]:
     members = await _members(connection)
     for member in members:
         if member.applied_revision < connection.database.head:
-            await connection.execute(queries.WORKER_DELETE, member.incarnation)
+            await connection.execute(queries_coherence.WORKER_DELETE, member.incarnation)
     return members
 
 
@@ -99,7 +99,7 @@ class _OneTransaction:
 
     async def fetch(self, _: str, *args: object) -> list[dict[str, Any]]:
         read_s = self._connection.path.world.now_s
-        rows = await self._connection.fetch(queries.LOG_READ, *args)
+        rows = await self._connection.fetch(queries_coherence.LOG_READ, *args)
         self._connection.path.renewed_s = read_s
         return [row | {"is_member": True} for row in rows]
 
@@ -112,7 +112,7 @@ async def _join_in_one_transaction(self: Membership, connection: Any) -> None:
             0,
         )
         await self._read(cast("Any", _OneTransaction(connection)), is_renewal=True)
-        await connection.execute(queries.WORKER_INSERT, self._incarnation, self._coherence.terms.length_s)
+        await connection.execute(queries_coherence.WORKER_INSERT, self._incarnation, self._coherence.terms.length_s)
     await _keep_up(self, connection)
 
 
@@ -125,8 +125,8 @@ def _renewal_unread(self: Coherence, reading: LogReading, *, sent_s: float, is_r
 
 async def _fetch_acknowledging(self: Connection, query: str, *args: object) -> list[dict[str, Any]]:
     rows = await _fetch(self, query, *args)
-    if query in {queries.LOG_READ, queries.LOG_READ_RENEWING}:
-        await self.execute(queries.WORKER_ACKNOWLEDGE, args[0], rows[0]["head"])
+    if query in {queries_coherence.LOG_READ, queries_coherence.LOG_READ_RENEWING}:
+        await self.execute(queries_coherence.WORKER_ACKNOWLEDGE, args[0], rows[0]["head"])
     return rows
 
 

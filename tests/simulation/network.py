@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import asyncpg
 
-from latchgate.storage import queries
+from latchgate.storage import queries_coherence
 from simulation.database import Database
 from simulation.world import WorkerLoop, World
 
@@ -159,7 +159,7 @@ class Connection:
         if query == "LISTEN":
             callback = args[0]
             self.database.listeners.append(lambda revision: self._notify(callback, revision))
-        if query == queries.LOG_READ_RENEWING and rows[0]["is_member"]:
+        if query == queries_coherence.LOG_READ_RENEWING and rows[0]["is_member"]:
             self.path.renewed_s = read_s
         self._send(DOWN, lambda: self.loop.deliver(self._hear, answer, rows))
 

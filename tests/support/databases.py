@@ -31,7 +31,7 @@ from latchgate.domain.model import (
 )
 from latchgate.domain.permissions import Grants
 from latchgate.domain.token import TokenFormat
-from latchgate.storage import queries
+from latchgate.storage import queries, queries_coherence
 from latchgate.storage.link import Link
 from latchgate.storage.lookups import FindMany, find_many, lookup_link
 from latchgate.storage.postgres import Connection, Database
@@ -167,21 +167,21 @@ async def log_change(connection: Connection, entity: str = "key", entity_id: str
     """Enters a change into the log as the service does, and gives its revision."""
     async with connection.transaction():
         await connection.execute(queries.CHANGE_LOCK_TAKE, queries.CHANGE_LOCK)
-        revision: int = await connection.fetchval(queries.CHANGE_INSERT, entity, entity_id)
+        revision: int = await connection.fetchval(queries_coherence.CHANGE_INSERT, entity, entity_id)
     return revision
 
 
 async def insert_worker(connection: Connection, *, lease_s: float = 10.0, applied: int = 0) -> UUID:
     """Registers a worker that does nothing by itself, and gives its incarnation."""
     incarnation = uuid4()
-    await connection.execute(queries.WORKER_INSERT, incarnation, lease_s)
-    await connection.execute(queries.WORKER_ACKNOWLEDGE, incarnation, applied)
+    await connection.execute(queries_coherence.WORKER_INSERT, incarnation, lease_s)
+    await connection.execute(queries_coherence.WORKER_ACKNOWLEDGE, incarnation, applied)
     return incarnation
 
 
 async def workers(connection: Connection) -> dict[UUID, int]:
     """The workers that are registered, and what each has applied."""
-    rows = await connection.fetch(queries.WORKER_LIST)
+    rows = await connection.fetch(queries_coherence.WORKER_LIST)
     return {row["incarnation"]: row["applied_revision"] for row in rows}
 
 

@@ -20,7 +20,7 @@ from grpc_status import rpc_status
 from apikeys.v1 import key_pb2
 from apikeys.v1 import key_service_pb2 as keys_pb
 from apikeys.v1 import organization_service_pb2 as organizations_pb
-from latchgate.storage import queries
+from latchgate.storage import queries, queries_coherence
 from support.databases import until
 from support.folders import cloning
 from support.service import Metadata, RunningService, bearer
@@ -241,7 +241,7 @@ async def change_key(service: RunningService, key_id: str, statement: str, *argu
     async with database_of(service) as connection, connection.transaction():
         await connection.execute(queries.CHANGE_LOCK_TAKE, queries.CHANGE_LOCK)
         await connection.execute(statement, *arguments)
-        revision: int = await connection.fetchval(queries.CHANGE_INSERT, "key", key_id)
+        revision: int = await connection.fetchval(queries_coherence.CHANGE_INSERT, "key", key_id)
     await until_applied(service, revision)
     return revision
 

@@ -10,7 +10,7 @@ import structlog
 
 from latchgate.domain.audit import GENESIS, AuditFilter, ChainedEvent
 from latchgate.domain.trail import Chain
-from latchgate.storage import queries, rows
+from latchgate.storage import queries, queries_audit, rows
 from latchgate.storage.postgres import Database
 
 WALK_ROWS: Final = 1000
@@ -41,7 +41,7 @@ class PostgresTrail:
             count,
         )
         async with self._database.connection() as connection:
-            statement = await connection.prepare(queries.AUDIT_EVENT_LIST)
+            statement = await connection.prepare(queries_audit.AUDIT_EVENT_LIST)
             return [rows.audit_event(row) for row in await statement.fetch(*values)]
 
     async def has_organization(self, organization_id: str) -> bool:
@@ -61,13 +61,13 @@ class PostgresTrail:
                     start_sequence=row["start_sequence"],
                     start_hash=row["start_hash"] or GENESIS,
                 )
-                for row in await connection.fetch(queries.AUDIT_CHAIN_LIST)
+                for row in await connection.fetch(queries_audit.AUDIT_CHAIN_LIST)
             ]
 
     async def orphans(self) -> Sequence[str]:
         """Lists the organizations whose events have lost the end of their chain."""
         async with self._database.connection() as connection:
-            return [row["organization_id"] for row in await connection.fetch(queries.AUDIT_ORPHAN_LIST)]
+            return [row["organization_id"] for row in await connection.fetch(queries_audit.AUDIT_ORPHAN_LIST)]
 
     async def walk(self, kept: Chain) -> AsyncIterator[ChainedEvent]:
         """Gives the events of a chain in their order, up to its end as it was when the chain was read."""
@@ -75,7 +75,7 @@ class PostgresTrail:
         while True:
             async with self._database.connection() as connection:
                 found = await connection.fetch(
-                    queries.AUDIT_EVENT_WALK, kept.organization_id, after, kept.sequence, WALK_ROWS
+                    queries_audit.AUDIT_EVENT_WALK, kept.organization_id, after, kept.sequence, WALK_ROWS
                 )
             for row in found:
                 after = row["sequence"]
@@ -86,12 +86,12 @@ class PostgresTrail:
     async def make_partitions(self) -> None:
         """Makes the partitions that the next months' events go to."""
         async with self._database.connection() as connection:
-            await connection.execute(queries.AUDIT_MAKE_PARTITIONS)
+            await connection.execute(queries_audit.AUDIT_MAKE_PARTITIONS)
 
     async def forget(self, retention: timedelta) -> int:
         """Drops the months whose events are all older than `retention`, of 30 days at least; gives how many."""
         async with self._database.connection() as connection:
-            dropped: int = await connection.fetchval(queries.AUDIT_FORGET, retention)
+            dropped: int = await connection.fetchval(queries_audit.AUDIT_FORGET, retention)
         return dropped
 
 

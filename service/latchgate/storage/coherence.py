@@ -16,7 +16,7 @@ import structlog
 
 from latchgate.domain.coherence import Change, Coherence, Entity, LogReading, Reading
 from latchgate.domain.errors import StorageUnavailableError
-from latchgate.storage import queries
+from latchgate.storage import queries_coherence
 from latchgate.storage.link import Link
 from latchgate.storage.postgres import Connection, Database
 
@@ -93,7 +93,7 @@ class Membership:
         try:
             if incarnation is not None:
                 async with self._link.connection() as connection:
-                    await connection.execute(queries.WORKER_DELETE, incarnation)
+                    await connection.execute(queries_coherence.WORKER_DELETE, incarnation)
         except StorageUnavailableError:
             # Whoever waits for it will find that its lease has ended.
             pass
@@ -144,21 +144,21 @@ class Membership:
         applied = self._coherence.applied_revision
         if applied != self._acknowledged:
             # Only what is applied may be acknowledged: from here on it is called effective.
-            await connection.execute(queries.WORKER_ACKNOWLEDGE, self._incarnation, applied)
+            await connection.execute(queries_coherence.WORKER_ACKNOWLEDGE, self._incarnation, applied)
             self._acknowledged = applied
             self.news.set()
 
     async def _join(self, connection: Connection) -> None:
         """Registers under a new name. The log is read by a later statement: what was committed before is in it."""
         incarnation = uuid4()
-        await connection.execute(queries.WORKER_INSERT, incarnation, self._coherence.terms.length_s)
+        await connection.execute(queries_coherence.WORKER_INSERT, incarnation, self._coherence.terms.length_s)
         self._incarnation = incarnation
         self._renewal_due_s = 0.0
         self._acknowledged = 0
 
     async def _read(self, connection: Connection, *, is_renewal: bool) -> Reading:
         applied = self._coherence.applied_revision
-        statement = queries.LOG_READ_RENEWING if is_renewal else queries.LOG_READ
+        statement = queries_coherence.LOG_READ_RENEWING if is_renewal else queries_coherence.LOG_READ
         # Before it is sent: the lease is counted from when the log can not have been read yet.
         sent_s = self._boottime()
         rows = await connection.fetch(statement, self._incarnation, applied, MAX_CHANGES + 1)
@@ -214,7 +214,7 @@ async def forget_changes(database: Database) -> None:
     async with database.connection() as connection:
         more = True
         while more:
-            status: str = await connection.execute(queries.CHANGE_FORGET, CHANGE_KEPT, FORGET_ROWS)
+            status: str = await connection.execute(queries_coherence.CHANGE_FORGET, CHANGE_KEPT, FORGET_ROWS)
             more = int(status.rsplit(maxsplit=1)[-1]) == FORGET_ROWS
 
 

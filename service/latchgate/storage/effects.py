@@ -16,7 +16,7 @@ from latchgate.domain.coherence import LeaseTerms
 from latchgate.domain.effects import Member, longest_wait_s, standing
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.domain.model import Effect
-from latchgate.storage import queries
+from latchgate.storage import queries_coherence
 from latchgate.storage.link import Link
 from latchgate.storage.postgres import Connection
 
@@ -96,7 +96,7 @@ class EffectPoller:
             members, now_s = await self._read(connection)
             for member in members:
                 if self._is_silent(member, now_s):
-                    await _evict(connection, queries.WORKER_EVICT_SILENT, member)
+                    await _evict(connection, queries_coherence.WORKER_EVICT_SILENT, member)
 
     async def close(self) -> None:
         """Ends the reading; calls that still wait are told PENDING at their own time."""
@@ -169,7 +169,7 @@ class EffectPoller:
             self._overdue = overdue
             for member in members:
                 if member.incarnation in overdue and self._is_silent(member, now_s):
-                    await _evict(connection, queries.WORKER_EVICT, member, overdue.pop(member.incarnation))
+                    await _evict(connection, queries_coherence.WORKER_EVICT, member, overdue.pop(member.incarnation))
         if not asked:
             return MOST_PAUSE_S
         youngest_s = now_s - max(wait.since_s for wait in asked)
@@ -186,7 +186,7 @@ async def _members(connection: Connection) -> Sequence[Member]:
             lease_s=row["lease_s"],
             timeline=row["timeline"],
         )
-        for row in await connection.fetch(queries.WORKER_LIST)
+        for row in await connection.fetch(queries_coherence.WORKER_LIST)
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from latchgate.domain.ports import RateAnswer, RateAsk, RateTold
 from latchgate.domain.shares import WINDOW_SLOTS
-from latchgate.storage import queries
+from latchgate.storage import queries_rates
 from latchgate.storage.link import Link
 from latchgate.storage.postgres import Database
 
@@ -39,7 +39,7 @@ class PostgresRateStore:
         """Sends one statement."""
         columns = list(zip(*asks, strict=True)) if asks else [()] * len(RateAsk._fields)
         async with self._link.connection() as connection:
-            rows = await connection.fetch(queries.RATE_EXCHANGE, *columns)
+            rows = await connection.fetch(queries_rates.RATE_EXCHANGE, *columns)
         told = {}
         for _, key_id, granted, slot, ages, costs, used, now_s in rows:
             if key_id is not None:
@@ -59,5 +59,5 @@ async def forget_windows(database: Database) -> None:
     async with database.connection() as connection:
         more = True
         while more:
-            status: str = await connection.execute(queries.RATE_FORGET, FORGET_ROWS)
+            status: str = await connection.execute(queries_rates.RATE_FORGET, FORGET_ROWS)
             more = int(status.rsplit(maxsplit=1)[-1]) == FORGET_ROWS

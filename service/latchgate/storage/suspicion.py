@@ -8,7 +8,7 @@ from typing import Final
 
 from latchgate.domain.suspicion import SuspicionCounter
 from latchgate.domain.trail import SuspiciousUse
-from latchgate.storage import queries, rows
+from latchgate.storage import queries_audit, rows
 from latchgate.storage.postgres import Database
 
 KEPT: Final = timedelta(days=30)
@@ -39,7 +39,7 @@ class SuspicionStore:
             async with self._database.transaction() as connection:
                 # As for last-used times: a crash of the server may lose the last moments.
                 await connection.execute("SET LOCAL synchronous_commit = off")
-                await connection.execute(queries.SUSPICIOUS_USE_ADD, *columns)
+                await connection.execute(queries_audit.SUSPICIOUS_USE_ADD, *columns)
         except BaseException:
             self._counter.put_back(counts)
             raise
@@ -47,7 +47,7 @@ class SuspicionStore:
     async def list_suspicious(self, organization_id: str | None, before: int, count: int) -> Sequence[SuspiciousUse]:
         """Lists up to `count` rows of an organization's, or of all for None, newest first, before the id `before`."""
         async with self._database.connection() as connection:
-            found = await connection.fetch(queries.SUSPICIOUS_USE_LIST, organization_id, before, count)
+            found = await connection.fetch(queries_audit.SUSPICIOUS_USE_LIST, organization_id, before, count)
         return [rows.suspicious_use(row) for row in found]
 
     async def forget(self) -> None:
@@ -55,5 +55,5 @@ class SuspicionStore:
         async with self._database.connection() as connection:
             more = True
             while more:
-                status: str = await connection.execute(queries.SUSPICIOUS_USE_FORGET, KEPT, FORGET_ROWS)
+                status: str = await connection.execute(queries_audit.SUSPICIOUS_USE_FORGET, KEPT, FORGET_ROWS)
                 more = int(status.rsplit(maxsplit=1)[-1]) == FORGET_ROWS

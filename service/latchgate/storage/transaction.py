@@ -13,7 +13,7 @@ from latchgate.domain.imported import ImportRow, KnownToken
 from latchgate.domain.model import Caller, Key, NewKey, NewSecret, Organization, Plan, Scope
 from latchgate.domain.outbox import Event
 from latchgate.domain.ports import AnsweredRequest
-from latchgate.storage import queries, queries_outbox, rows
+from latchgate.storage import queries, queries_audit, queries_coherence, queries_outbox, rows
 from latchgate.storage.postgres import Connection
 
 TOKEN_KEPT = timedelta(minutes=10)
@@ -92,7 +92,7 @@ class PostgresTransaction:
 
     async def newest_revision(self) -> int:
         """Reads the newest revision in the log."""
-        revision: int = await self._connection.fetchval(queries.CHANGE_NEWEST)
+        revision: int = await self._connection.fetchval(queries_coherence.CHANGE_NEWEST)
         return revision
 
     async def save_key(self, key: Key, revision: int) -> Key:
@@ -181,15 +181,15 @@ class PostgresTransaction:
     async def record_change(self, entity: str, entity_id: str) -> int:
         """Takes the lock that orders changes, and only then a number."""
         await self._connection.execute(queries.CHANGE_LOCK_TAKE, queries.CHANGE_LOCK)
-        revision: int = await self._connection.fetchval(queries.CHANGE_INSERT, entity, entity_id)
+        revision: int = await self._connection.fetchval(queries_coherence.CHANGE_INSERT, entity, entity_id)
         return revision
 
     async def record_audit(self, caller: Caller | None, entry: AuditEntry) -> None:
         """Takes the end of the organization's chain, and adds an event to it."""
-        head = _one(await self._connection.fetchrow(queries.AUDIT_HEAD_LOCK, entry.organization_id))
+        head = _one(await self._connection.fetchrow(queries_audit.AUDIT_HEAD_LOCK, entry.organization_id))
         event = AuditEvent.of(entry, caller, sequence=head["sequence"] + 1, event_time=head["event_time"])
         await self._connection.execute(
-            queries.AUDIT_EVENT_INSERT, *rows.audit_values(event), chain(head["hash"], event)
+            queries_audit.AUDIT_EVENT_INSERT, *rows.audit_values(event), chain(head["hash"], event)
         )
         if caller is not None:
             caller.call.is_recorded = True
