@@ -22,12 +22,13 @@ from latchgate.domain.cache import KeyCache
 from latchgate.domain.catalogue import missing
 from latchgate.domain.coherence import Coherence, LeaseTerms
 from latchgate.domain.errors import UnavailableError
+from latchgate.domain.floods import ForeignLookupBudget, Patience
 from latchgate.domain.keyring import Keyring
 from latchgate.domain.model import Scope
 from latchgate.domain.permissions import WILDCARD
 from latchgate.domain.suspicion import SuspicionCounter
 from latchgate.domain.token import TokenFormat, digest
-from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
+from latchgate.domain.validation import Validator
 from latchgate.draining import drain, retire
 from latchgate.housekeeping import keep_house
 from latchgate.ids import make_id

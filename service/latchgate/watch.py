@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from latchgate.background import Background
 from latchgate.domain.coherence import Coherence
-from latchgate.domain.validation import ForeignLookupBudget
+from latchgate.domain.floods import ForeignLookupBudget
 from latchgate.limiting import SharedLimiter
 from latchgate.observability import Metrics
 from latchgate.rpc.server import RpcServer

@@ -7,9 +7,10 @@ from typing import Any, Final
 
 from latchgate.domain.cache import KeyCache
 from latchgate.domain.coherence import CLOCK_DRIFT, Coherence, LeaseTerms, Reading
+from latchgate.domain.floods import ForeignLookupBudget, Patience
 from latchgate.domain.model import NO_USES, KeyIdentity, KeyRecord, Lookup, Outcome, Uses
 from latchgate.domain.suspicion import SuspicionCounter
-from latchgate.domain.validation import ForeignLookupBudget, Patience, Validator
+from latchgate.domain.validation import Validator
 from latchgate.storage.coherence import Membership
 from latchgate.storage.effects import EffectPoller
 from latchgate.storage.link import Link
