@@ -29,9 +29,6 @@ LEAD_S = 0.3
 TOLD_S = 0.07
 """A call that begins later than so long before its load is stopped may be told late: how long it took is not known."""
 
-REST_S = 10.0
-"""For how long servers are watched that nobody calls."""
-
 SETTLING_S = 0.3
 STARTING_S = 1.0
 """How long it may take until all is started, on a slow machine; what is left of it is not used."""
@@ -65,8 +62,8 @@ class Slice:
     load_s: float
 
 
-async def at_rest(targets: Sequence[Target], seconds: float = REST_S) -> list[float]:
-    """Tells what part of a core each server uses while none of them is called."""
+async def at_rest(targets: Sequence[Target], seconds: float) -> list[float]:
+    """Watches servers for so many seconds in which none is called: tells what part of a core each of them uses."""
     before_s = [threads_cpu_s(target.pid) for target in targets]
     start_s = time.monotonic()
     await asyncio.sleep(seconds)

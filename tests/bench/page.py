@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 
 from bench import report
-from bench.alternation import GAP_S, LEAD_S, REST_S, SLICE_S
+from bench.alternation import GAP_S, LEAD_S, SLICE_S
 from bench.load import TURN_S
 from bench.machine import Layout, cpu_model, versions
 from bench.report import spread
@@ -76,7 +76,7 @@ def _method(plan: Plan, results: Results) -> Iterator[str]:
         " caches are as the other has left them. What a server does while the other is called is charged to it: its"
         " processor time then is added to its own time, and taken off the other's; but for what it does at any time,"
         " called or not, which it has done in its own time as well: that is what each server was seen to take in"
-        f" {REST_S:g} s in which none was called ({rests} % of the core for each service). A first round is not"
+        f" {plan.rest_s:.0f} s in which none was called ({rests} % of the core for each service). A first round is not"
         " counted. All servers run all the time: what those take that are not asked, they take from both alike."
         " Every five seconds a service writes how keys were used, which comes in some turns and in others not; after"
         " its turn it is waited for."

@@ -89,6 +89,14 @@ def findings(results: Results) -> list[str]:
         if len(alike) > 1:
             flatness = _over(results, alike[-1], alike[0])
             said.append(at_least(f"From {alike[-1]} over {alike[0]}", flatness, FLATNESS_WANTED[source]))
+            # The same is done for each number of keys: of all turns together the median is known best.
+            ratios = [turn.ratio for name in alike for turn in _turns(results, name)]
+            quarter, _, three_quarters = statistics.quantiles(ratios, n=4)
+            together = f"From {source.value} over the no-op, of all these turns together"
+            said.append(
+                at_least(together, ratios, RATIO_WANTED[source])
+                + f" Half of these {len(ratios)} turns lie between {quarter:.2f} and {three_quarters:.2f}."
+            )
         if several[len(alike) :]:
             said.append(
                 f"From {several[-1]}, over {alike[-1]}: {spread(_over(results, several[-1], alike[-1]), '.2f')}."

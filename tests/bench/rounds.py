@@ -40,6 +40,11 @@ class Plan:
     in_use: int
     seed: int
 
+    @property
+    def rest_s(self) -> float:
+        """For how long servers are watched that nobody calls, so that all that they do every few seconds is seen."""
+        return 7 * self.seconds
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lookups:
@@ -181,7 +186,9 @@ class _Comparison:
         for number in range(self._plan.rounds + 1):
             if number == 1:
                 everyone = [self._yardstick, *targets]
-                self.rests = dict(zip((each.name for each in everyone), await at_rest(everyone), strict=True))
+                self.rests = dict(
+                    zip((each.name for each in everyone), await at_rest(everyone, self._plan.rest_s), strict=True)
+                )
             for target in self._order.sample(targets, len(targets)):
                 turn = await self._unspoiled(number, target, bodies)
                 self._report(turn)
