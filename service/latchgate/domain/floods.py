@@ -8,6 +8,26 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
 
+class _Bucket:
+    """Lets `per_second` through in each second, and as many that were saved up."""
+
+    def __init__(self, monotonic: Callable[[], float], per_second: float) -> None:
+        self._monotonic = monotonic
+        self._per_second = per_second
+        self._left = per_second
+        self._filled_s = monotonic()
+
+    def take(self) -> bool:
+        """Says whether one more is let through now."""
+        now_s = self._monotonic()
+        self._left = min(self._per_second, self._left + (now_s - self._filled_s) * self._per_second)
+        self._filled_s = now_s
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
 class ForeignLookupBudget:
     """Bounds how often tokens of foreign formats, which anyone can invent, reach the database.
 
@@ -17,28 +37,21 @@ class ForeignLookupBudget:
 
     def __init__(self, monotonic: Callable[[], float], per_second: float = 500.0, remembered: int = 100_000) -> None:
         """Takes a clock in seconds that never goes back."""
-        self._monotonic = monotonic
-        self._per_second = per_second
+        self._bucket = _Bucket(monotonic, per_second)
         self._remembered = remembered
         self._known: OrderedDict[bytes, None] = OrderedDict()
-        self._left = per_second
         # How many lookups were refused for want of budget.
         self.refused = 0
-        self._filled_s = monotonic()
 
     def spend(self, token_digest: bytes) -> bool:
         """Says whether this digest may be looked up now."""
         if token_digest in self._known:
             self._known.move_to_end(token_digest)
             return True
-        now = self._monotonic()
-        self._left = min(self._per_second, self._left + (now - self._filled_s) * self._per_second)
-        self._filled_s = now
-        if self._left < 1:
-            self.refused += 1
-            return False
-        self._left -= 1
-        return True
+        if self._bucket.take():
+            return True
+        self.refused += 1
+        return False
 
     def remember(self, token_digest: bytes, *, found: bool) -> None:
         """Takes note of a lookup's result."""
@@ -68,20 +81,12 @@ class Patience:
         draw: Callable[[float, float], float] = random.uniform,
     ) -> None:
         """Takes a clock in seconds that never goes back, what waits, and what draws a number from two others."""
-        self._monotonic = monotonic
+        self._bucket = _Bucket(monotonic, per_second)
         self._sleep = sleep
-        self._per_second = per_second
         self._delay_s = delay_s
         self._draw = draw
-        self._left = per_second
-        self._filled_s = monotonic()
 
     async def wait(self) -> None:
         """Waits before an answer, if there were many."""
-        now = self._monotonic()
-        self._left = min(self._per_second, self._left + (now - self._filled_s) * self._per_second)
-        self._filled_s = now
-        if self._left >= 1:
-            self._left -= 1
-        else:
+        if not self._bucket.take():
             await self._sleep(self._draw(self._delay_s / 2, self._delay_s * 3 / 2))
