@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from apikeys.v1 import key_service_pb2 as pb
 from bench import rounds
-from bench.alternation import Slice, called
+from bench.alternation import Called, Slice, called
 from bench.load import Burst, Window, evaluated
 from bench.machine import BenchError, Layout, SpoiledError
 from bench.metrics import Scrape
@@ -134,7 +135,40 @@ def _comparison(monkeypatch: pytest.MonkeyPatch, spoiled: int) -> tuple[Any, lis
 
     monkeypatch.setattr(comparison, "_turn", turn)
     monkeypatch.setattr(comparison, "_report", lambda _: None)
+    monkeypatch.setattr(rounds, "at_rest", _resting)
     return comparison, done
+
+
+async def _resting(targets: Sequence[Target], _seconds: float) -> list[float]:
+    """Tells of the first server that it takes a tenth of its core at rest, of the second two, and so on."""
+    return [number / 10 for number in range(1, len(targets) + 1)]
+
+
+async def test_rest_is_that_of_each_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What servers were seen to take at rest goes with them into every counted turn, whichever of the two is first."""
+    noop, server = replace(TARGET, name="no-op"), replace(TARGET, name="server")
+    plan = rounds.Plan(keys=(1,), rounds=2, seconds=1.0, processes=1, in_use=1, seed=1)
+    nothing: Any = None
+    comparison: Any = rounds._Comparison(plan, nothing, nothing, noop, lambda _: None)  # noqa: SLF001 - its rule alone
+    seen = []
+
+    async def by_turns(
+        _loads: object, targets: tuple[Target, Target], *_: object, rests: tuple[float, float]
+    ) -> tuple[Called, Called]:
+        seen.append(dict(zip((each.name for each in targets), rests, strict=True)))
+        window = Window(begin_s=0.0, told_s=0.8, end_s=1.0)
+        quiet = [Slice(window=window, used_s=(0.5, 0.0), load_s=0.6)]
+        each = called(0, BURST, (quiet, quiet))
+        return each, each
+
+    monkeypatch.setattr(rounds, "at_rest", _resting)
+    monkeypatch.setattr(rounds, "by_turns", by_turns)
+    monkeypatch.setattr(rounds, "check_sizes", lambda *_: None)
+    await comparison.run([server], [b""])
+
+    # The first round warms up.
+    assert [{"no-op": 0.0, "server": 0.0}, *[{"no-op": 0.1, "server": 0.2}] * 2] == seen
+    assert {"no-op": 0.1, "server": 0.2} == comparison.rests
 
 
 def test_calls_are_counted_while_all_connections_were_at_work() -> None:
