@@ -91,7 +91,7 @@ async def by_turns(
     async with AsyncExitStack() as stack:
         until_s = time.monotonic() + lasting_s
         callers = [
-            await stack.enter_async_context(load.calling(target.url, feeds, lasting_s))
+            await stack.enter_async_context(load.calling([target.url], feeds, lasting_s))
             for load, target in zip(loads, targets, strict=True)
         ]
         await asyncio.sleep(SETTLING_S)

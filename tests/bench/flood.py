@@ -158,7 +158,7 @@ class _Flooding:
         feeds = tokens.feeds(flood.kind, flood.connections, self._rng)
         # From before the first good call until after the last.
         seconds = self._plan.seconds + 2 * LEAD_S
-        return await self._floods[flood.connections].fed(self._service.url, feeds, seconds)
+        return await self._floods[flood.connections].fed([self._service.url], feeds, seconds)
 
     async def _count(self) -> _Count:
         scrape = await Scrape.read(self._service.metrics_port)

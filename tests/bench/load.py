@@ -1,4 +1,4 @@
-"""The load: h2load, many processes of it, each sending one request at a time over a connection of its own.
+"""The load: h2load, some processes of it, by default each sending one request at a time over a connection of its own.
 
 h2load sends the same body again and again. It maps the file that holds it, though, and reads it anew for each request:
 so the files are rewritten all the time, each with another token, and practically every request asks for another key.
@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 from bench.machine import BenchError, UnfitError, core_busy_s, pinned
@@ -81,7 +82,7 @@ def h2load_path() -> str:
 
 
 class Load:
-    """Calls a server with up to `processes` requests under way at a time."""
+    """Calls servers with up to `processes` x `connections` x `streams` requests under way at a time."""
 
     def __init__(
         self,
@@ -90,18 +91,23 @@ class Load:
         processes: int,
         folder: Path,
         rng: random.Random,
+        connections: int = 1,
+        streams: int = 1,
         each_per_s: int | None = None,
         niceness: int = 0,
         turn_s: float | None = TURN_S,
     ) -> None:
         """Takes the cores to run on, and a folder of its own for the bodies. Raises UnfitError if there is no h2load.
 
-        Each process asks `each_per_s` times a second; where none is given, again as soon as it is answered. Bodies are
-        replaced every `turn_s` seconds, or never.
+        Each process has so many connections, and each of those so many requests under way. A process that has many of
+        both takes less of the processor for a call, as it finds several answers at a time. A connection asks
+        `each_per_s` times a second; where none is given, again as soon as it is answered. Bodies are replaced every
+        `turn_s` seconds, or never.
         """
         self._h2load = h2load_path()
         self._cores = cores
         self._rng = rng
+        self._width = [f"--clients={connections}", f"--max-concurrent-streams={streams}"]
         self._pace = [] if each_per_s is None else [f"--rps={each_per_s}"]
         self._niceness = niceness
         self._turn_s = turn_s
@@ -110,22 +116,29 @@ class Load:
 
     async def burst(self, url: str, bodies: Sequence[bytes], seconds: float) -> Burst:
         """Loads a server for so long with bodies of one length, drawn at random. Raises BenchError if h2load fails."""
-        return await self.fed(url, [partial(self._rng.choice, bodies)] * len(self._paths), seconds)
+        return await self.fed([url], [self.drawn(bodies)] * len(self._paths), seconds)
 
-    async def fed(self, url: str, feeds: Sequence[Feed], seconds: float) -> Burst:
-        """Loads a server for so long, each process with the bodies of a feed. Raises BenchError if h2load fails."""
-        async with self.calling(url, feeds, seconds) as callers:
+    def drawn(self, bodies: Sequence[bytes]) -> Feed:
+        """Gives bodies of one length at random."""
+        return partial(self._rng.choice, bodies)
+
+    async def fed(self, urls: Sequence[str], feeds: Sequence[Feed], seconds: float) -> Burst:
+        """Loads servers for so long, each process with the bodies of a feed. Raises BenchError if h2load fails."""
+        async with self.calling(urls, feeds, seconds) as callers:
             return await callers.burst()
 
     @asynccontextmanager
-    async def calling(self, url: str, feeds: Sequence[Feed], seconds: float) -> AsyncIterator[Callers]:
-        """Has all processes call a server, each for so long; those that still do when the block ends are killed."""
+    async def calling(self, urls: Sequence[str], feeds: Sequence[Feed], seconds: float) -> AsyncIterator[Callers]:
+        """Has each process call a server for so long; those that still do when the block ends are killed.
+
+        The servers are given to the processes by turns: the first to the first of them, and so on.
+        """
         async with AsyncExitStack() as stack:
             views = [stack.enter_context(_mapped(path, feed())) for path, feed in zip(self._paths, feeds, strict=True)]
             callers = Callers([_log_of(path) for path in self._paths], time.monotonic() + seconds)
             if self._turn_s is not None:
                 await stack.enter_async_context(_cancelled_at_the_end(callers.turn(views, feeds, self._turn_s)))
-            for path in self._paths:
+            for url, path in zip(cycle(urls), self._paths, strict=False):
                 callers.processes.append(await stack.enter_async_context(self._running(url, path, seconds)))
             yield callers
 
@@ -140,8 +153,7 @@ class Load:
             process = await asyncio.create_subprocess_exec(
                 self._h2load,
                 f"--duration={round(seconds * 1000)}ms",
-                "--clients=1",
-                "--max-concurrent-streams=1",
+                *self._width,
                 "--header=te: trailers",
                 "--header=content-type: application/grpc",
                 f"--data={body}",

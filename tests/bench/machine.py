@@ -107,13 +107,23 @@ def process_name(pid: int) -> str:
 
 def core_busy_s(core: int) -> float:
     """Gives how long a core has not been idle since the machine was started, in seconds."""
+    user, nice, system, _idle, _iowait, *rest = _core_s(core)
+    # The rest: interrupts and what the hypervisor took. Guests' time is part of the user's.
+    return user + nice + system + sum(rest[:3])
+
+
+def stolen_s(cores: Iterable[int]) -> float:
+    """Gives for how long the hypervisor has kept cores that had something to do, since the machine was started."""
+    return sum(_core_s(core)[7] for core in cores)
+
+
+def _core_s(core: int) -> list[float]:
+    """Gives what a core has done since the machine was started, in seconds, in the order of /proc/stat."""
     for line in Path("/proc/stat").read_text().splitlines():
         name, *ticks = line.split()
         if name == f"cpu{core}":
-            user, nice, system, _idle, _iowait, *rest = (int(each) for each in ticks)
-            # The rest: interrupts and what the hypervisor took. Guests' time is part of the user's.
-            return (user + nice + system + sum(rest[:3])) / _TICKS_PER_S
-    return 0.0
+            return [int(each) / _TICKS_PER_S for each in ticks]
+    raise BenchError(f"the system does not tell how busy core {core} is")
 
 
 def cpu_model() -> str:

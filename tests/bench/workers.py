@@ -11,6 +11,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -22,11 +23,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 from bench import command, database, servers, workers_page  # noqa: E402 - found by the line above
 from bench.command import positive, say  # noqa: E402 - the same
 from bench.load import Load, h2load_path  # noqa: E402 - the same
-from bench.machine import own_cpu_s  # noqa: E402 - the same
+from bench.machine import own_cpu_s, stolen_s  # noqa: E402 - the same
 from bench.report import as_text  # noqa: E402 - the same
 from bench.rounds import check_outcomes, check_sizes  # noqa: E402 - the same
 from bench.servers import Figures, Fleet  # noqa: E402 - the same
-from bench.workers_page import FEW, KEYS, MANY, Cores, Results, Turn  # noqa: E402 - the same
+from bench.workers_page import APART, FEW, KEYS, MANY, ONE, TWO, Cores, Results, Turn, Width  # noqa: E402 - the same
 
 PAGE = ROOT / "docs" / "workers.md"
 CALLS, CPU = "latchgate_worker_calls_total", "process_cpu_seconds_total"
@@ -38,21 +39,31 @@ class Plan:
 
     rounds: int
     seconds: float
-    processes: int
+    width: Width
     seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """One service, or two that are called at once."""
+
+    name: str
+    fleets: Sequence[Fleet]
 
 
 def main() -> int:
     """Runs the benchmark and gives the exit code."""
-    parser = command.arguments("make bench-workers", "Measures what a second worker adds.", rounds=7, seconds=5.0)
-    parser.add_argument("--processes", type=positive, default=32, help="connections (%(default)s)")
+    parser = command.arguments("make bench-workers", "Measures what a second worker adds.", rounds=9, seconds=5.0)
+    parser.add_argument("--connections", type=positive, default=8, help="of each h2load (%(default)s)")
+    parser.add_argument("--streams", type=positive, default=2, help="calls at a time of each of those (%(default)s)")
     arguments = parser.parse_args()
     h2load_path()
     cores = Cores.share_out(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores.load)
-    plan = Plan(rounds=arguments.rounds, seconds=arguments.seconds, processes=arguments.processes, seed=arguments.seed)
+    width = Width(connections=arguments.connections, streams=arguments.streams)
+    plan = Plan(rounds=arguments.rounds, seconds=arguments.seconds, width=width, seed=arguments.seed)
     turns = command.run(_measure(plan, cores))
-    results = Results(cores=cores, turns=turns, processes=plan.processes, seconds=plan.seconds)
+    results = Results(cores=cores, turns=turns, width=width, seconds=plan.seconds)
     say("")
     say(as_text(workers_page.table(results)))
     for line in workers_page.findings(results):
@@ -62,52 +73,81 @@ def main() -> int:
 
 
 async def _measure(plan: Plan, cores: Cores) -> Sequence[Turn]:
-    """Has the two services take turns; a first round is not counted. Raises BenchError."""
+    """Has all contenders take turns; a first round is not counted. Raises BenchError."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latchgate-bench-")))
         cluster = await stack.enter_async_context(database.cluster(cores.load))
-        seeded = await stack.enter_async_context(cluster.seeded(KEYS))
-        fleets = [
-            await stack.enter_async_context(servers.fleet(seeded, FEW, cores.few, folder)),
-            await stack.enter_async_context(servers.fleet(seeded, MANY, cores.many, folder)),
+        # What share nothing have a database each.
+        first, second = [await stack.enter_async_context(cluster.seeded(KEYS)) for _ in range(MANY)]
+        one, two, here, there = [
+            await stack.enter_async_context(servers.fleet(seeded, workers, on, folder))
+            for seeded, workers, on in (
+                (first, FEW, cores.few),
+                (first, MANY, cores.many),
+                (first, FEW, cores.many),
+                (second, FEW, cores.many),
+            )
         ]
-        rng = random.Random(plan.seed)  # noqa: S311 - which keys are asked for is no secret
-        load = Load(cores=cores.load, processes=plan.processes, folder=folder / "load", rng=rng, turn_s=cores.turn_s)
-        bodies = [servers.body(token) for token in seeded.tokens]
+        contenders = [
+            Contender(name=ONE, fleets=[one]),
+            Contender(name=TWO, fleets=[two]),
+            Contender(name=APART, fleets=[here, there]),
+        ]
+        load = Load(
+            cores=cores.load,
+            processes=plan.width.processes,
+            connections=plan.width.connections,
+            streams=plan.width.streams,
+            folder=folder / "load",
+            rng=random.Random(plan.seed),  # noqa: S311 - which keys are asked for is no secret
+            turn_s=cores.turn_s,
+        )
         turns = []
         for number in range(plan.rounds + 1):
-            # Neither always follows the other.
-            for fleet in fleets if number % 2 else reversed(fleets):
-                await fleet.warm()
-                turn = await _turn(number, fleet, load, bodies, plan.seconds)
+            # Another one comes first in each round, so that none always follows the same one.
+            start = number % len(contenders)
+            for contender in (*contenders[start:], *contenders[:start]):
+                turn = await _turn(number, contender, load, plan, cores)
                 say(
-                    f"{f'round {number}' if number else 'warm-up':8} {fleet.name:9} {turn.burst.per_s:7,.0f}/s "
-                    f"{turn.cpu_us:4.0f} us/call  workers {turn.workers_share:.0%}  load {turn.load_share:.0%}"
+                    f"{f'round {number}' if number else 'warm-up':8} {contender.name:10} {turn.burst.per_s:7,.0f}/s "
+                    f"{turn.cpu_us:4.0f} us/call  workers {turn.workers_share:.0%}  load {turn.load_share:.0%}  "
+                    f"stolen {turn.stolen_share:.0%}"
                 )
                 if number:
                     turns.append(turn)
         return turns
 
 
-async def _turn(number: int, fleet: Fleet, load: Load, bodies: Sequence[bytes], seconds: float) -> Turn:
-    """Loads one service, and demands that every answer was VALID, and counted."""
-    before, own_s, began_s = await fleet.scrape(), own_cpu_s(), time.monotonic()
-    burst = await load.burst(fleet.url, bodies, seconds)
-    lasted_s, load_s = time.monotonic() - began_s, own_cpu_s() - own_s
-    after = await fleet.scrape()
-    check_sizes(burst, fleet)
-    check_outcomes(burst, Figures.of(after).since(Figures.of(before)).outcomes)
-    calls, cpu = (
-        {worker: after.by("worker", name)[worker] - value for worker, value in before.by("worker", name).items()}
-        for name in (CALLS, CPU)
-    )
+async def _turn(number: int, contender: Contender, load: Load, plan: Plan, cores: Cores) -> Turn:
+    """Loads one contender, and demands that every answer was VALID, and counted."""
+    fleets = contender.fleets
+    for fleet in fleets:
+        await fleet.warm()
+    bodies = [[servers.body(token) for token in fleet.seeded.tokens] for fleet in fleets]
+    feeds = [load.drawn(bodies[process % len(fleets)]) for process in range(plan.width.processes)]
+    used = {*cores.many, *cores.load}
+    before = [await fleet.scrape() for fleet in fleets]
+    began_s, own_s, taken_s = time.monotonic(), own_cpu_s(), stolen_s(used)
+    burst = await load.fed([fleet.url for fleet in fleets], feeds, plan.seconds)
+    lasted_s, load_s, taken_s = time.monotonic() - began_s, own_cpu_s() - own_s, stolen_s(used) - taken_s
+    after = [await fleet.scrape() for fleet in fleets]
+    check_sizes(burst, fleets[0])
+    outcomes: Counter[str] = Counter()
+    calls, cpu_s = [], 0.0
+    for earlier, later in zip(before, after, strict=True):
+        outcomes.update(Figures.of(later).since(Figures.of(earlier)).outcomes)
+        for worker, count in earlier.by("worker", CALLS).items():
+            calls.append(later.by("worker", CALLS)[worker] - count)
+            cpu_s += later.by("worker", CPU)[worker] - earlier.by("worker", CPU)[worker]
+    check_outcomes(burst, outcomes)
     return Turn(
+        contender=contender.name,
         round=number,
-        workers=fleet.workers,
         burst=burst,
         lasted_s=lasted_s,
         load_cpu_s=load_s,
-        cpu_s={worker: cpu[worker] for worker in calls},
+        stolen_s=taken_s,
+        cpu_s=cpu_s,
         calls=calls,
     )
 

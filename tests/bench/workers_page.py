@@ -1,9 +1,8 @@
-"""The page docs/workers.md: what was measured of one worker and of two, and what is to be said of it."""
+"""The page docs/workers.md: what was measured of one worker, two, and two services, and what is to be said of it."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.load import TURN_S, Burst
@@ -12,8 +11,29 @@ from bench.page import bullets, machine_line, paragraph
 from bench.report import Rows, as_markdown, at_least, spread
 
 FEW, MANY = 1, 2
+ONE, TWO, APART = "1 worker", "2 workers", "2 services"
+"""Who is compared; the two services have a worker and a database each."""
+
 KEYS = 1000
 RATIO_WANTED = 1.7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Width:
+    """How many calls are under way at a time, and over what."""
+
+    connections: int
+    streams: int
+
+    @property
+    def processes(self) -> int:
+        """As many for each of two services."""
+        return 2 * MANY
+
+    @property
+    def calls(self) -> int:
+        """All of them."""
+        return self.processes * self.connections * self.streams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,30 +69,34 @@ class Cores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One service under load. CPU times and calls are by worker, `load_cpu_s` is that of h2load and what feeds it."""
+    """A contender under load.
 
+    `calls` are by worker; `load_cpu_s` is what h2load took and what feeds it, `stolen_s` what the hypervisor kept.
+    """
+
+    contender: str
     round: int
-    workers: int
     burst: Burst
     lasted_s: float
     load_cpu_s: float
-    cpu_s: Mapping[str, float]
-    calls: Mapping[str, float]
+    stolen_s: float
+    cpu_s: float
+    calls: Sequence[float]
 
     @property
     def cpu_us(self) -> float:
         """What a call costs the workers."""
-        return sum(self.cpu_s.values()) * 1e6 / sum(self.calls.values())
+        return self.cpu_s * 1e6 / sum(self.calls)
 
     @property
     def load_cpu_us(self) -> float:
         """What a call costs the load."""
-        return self.load_cpu_s * 1e6 / sum(self.calls.values())
+        return self.load_cpu_s * 1e6 / sum(self.calls)
 
     @property
     def workers_share(self) -> float:
         """The workers' CPU time, in cores."""
-        return sum(self.cpu_s.values()) / self.lasted_s
+        return self.cpu_s / self.lasted_s
 
     @property
     def load_share(self) -> float:
@@ -80,9 +104,14 @@ class Turn:
         return self.load_cpu_s / self.lasted_s
 
     @property
+    def stolen_share(self) -> float:
+        """What the hypervisor kept, in cores."""
+        return self.stolen_s / self.lasted_s
+
+    @property
     def largest_share(self) -> float:
         """Which part of all calls came to the worker that was given most."""
-        return max(self.calls.values()) / sum(self.calls.values())
+        return max(self.calls) / sum(self.calls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,22 +120,30 @@ class Results:
 
     cores: Cores
     turns: Sequence[Turn]
-    processes: int
+    width: Width
     seconds: float
 
-    def of(self, workers: int) -> list[Turn]:
-        """The turns of the service with so many workers, in the order of the rounds."""
-        return [turn for turn in self.turns if turn.workers == workers]
+    def of(self, contender: str) -> list[Turn]:
+        """The turns of a contender, in the order of the rounds."""
+        return [turn for turn in self.turns if turn.contender == contender]
 
-    def pairs(self) -> list[tuple[Turn, Turn]]:
-        """The turns of one worker and of two, round by round."""
-        return list(zip(self.of(FEW), self.of(MANY), strict=True))
+    def over(self, one: str, other: str, value: Callable[[Turn], float]) -> list[float]:
+        """What one has over what the other has, round by round."""
+        return [value(first) / value(second) for first, second in zip(self.of(one), self.of(other), strict=True)]
+
+
+def _per_s(turn: Turn) -> float:
+    return turn.burst.per_s
+
+
+def _cpu_us(turn: Turn) -> float:
+    return turn.cpu_us
 
 
 def table(results: Results) -> Rows:
-    """Gives a row for each service, the head first."""
+    """Gives a row for each contender, the head first."""
     head = (
-        "workers",
+        "what",
         "calls/s",
         "p50, ms",
         "p99, ms",
@@ -114,50 +151,51 @@ def table(results: Results) -> Rows:
         "load's CPU, µs/call",
         "workers, cores busy",
         "load, cores busy",
+        "cores stolen",
         "calls of the busiest worker",
     )
-    return [head, *(_row(workers, results.of(workers)) for workers in (FEW, MANY))]
+    return [head, *(_row(contender, results.of(contender)) for contender in (ONE, TWO, APART))]
 
 
-def _row(workers: int, turns: list[Turn]) -> tuple[str, ...]:
+def _row(contender: str, turns: list[Turn]) -> tuple[str, ...]:
     def column(value: Callable[[Turn], float], form: str) -> str:
         return spread([value(turn) for turn in turns], form)
 
     return (
-        str(workers),
-        column(lambda turn: turn.burst.per_s, ",.0f"),
+        contender,
+        column(_per_s, ",.0f"),
         column(lambda turn: turn.burst.p50_ms, ".1f"),
         column(lambda turn: turn.burst.p99_ms, ".1f"),
-        column(lambda turn: turn.cpu_us, ".0f"),
+        column(_cpu_us, ".0f"),
         column(lambda turn: turn.load_cpu_us, ".0f"),
         column(lambda turn: turn.workers_share, ".2f"),
         column(lambda turn: turn.load_share, ".2f"),
+        column(lambda turn: turn.stolen_share, ".2f"),
         column(lambda turn: turn.largest_share, ".0%"),
     )
 
 
 def findings(results: Results) -> Iterator[str]:
     """Compares with what is wanted, and says what the figures can not show."""
-    pairs = results.pairs()
+    yield at_least("Calls a second of two workers over one", results.over(TWO, ONE, _per_s), RATIO_WANTED)
+    # Services that share nothing would do MANY times as much, had they cores enough.
     yield at_least(
-        "Calls a second of two workers over one",
-        [many.burst.per_s / few.burst.per_s for few, many in pairs],
-        RATIO_WANTED,
+        "Calls a second of two workers over those of two services, which share nothing but the machine",
+        results.over(TWO, APART, _per_s),
+        RATIO_WANTED / MANY,
     )
-    costs = [many.cpu_us / few.cpu_us for few, many in pairs]
-    yield f"CPU time of a call with two workers over that with one: {spread(costs, '.2f')}."
+    workers, services = (spread(results.over(each, ONE, _cpu_us), ".2f") for each in (TWO, APART))
+    yield f"CPU time of a call over that with one worker: {workers} with two workers, {services} with two services."
     if results.cores.is_load_alone:
         yield "The load had cores of its own, and the workers one each."
         return
-    worker_us = statistics.median(few.cpu_us for few, _ in pairs)
-    load_us = statistics.median(few.load_cpu_us for few, _ in pairs)
+    most = spread(results.over(APART, ONE, _per_s), ".2f")
     yield (
         f"**The load had no core of its own beside two workers**: there are {results.cores.total} cores, and it shared"
-        f" one with a worker. A call costs a worker {worker_us:.0f} µs and the load {load_us:.0f} µs, both of which two"
-        f" cores have to give then, so that on this machine the ratio of calls can not be above"
-        f" {2 * worker_us / (worker_us + load_us):.2f}, however well workers scale. What is left to compare is the CPU"
-        " time of a call: workers that have a core each would by that answer"
-        f" {spread([MANY / FEW / cost for cost in costs], '.2f')} times the calls of one."
+        " one with a worker. So no two workers can do twice what one does here, which has a core to itself and leaves"
+        " the load the other. What they could do at most is what two services do that know nothing of each other:"
+        f" {most} times the calls of one. With a core for each, those would do {MANY} times as much as one;"
+        f" {RATIO_WANTED} times as much is {RATIO_WANTED / MANY:g} of that."
     )
 
 
@@ -172,7 +210,7 @@ def write(results: Results) -> str:
         "## Results",
         as_markdown(table(results)),
         bullets(findings(results)),
-        paragraph(f"Medians of {len(results.of(FEW))} rounds, with the least and the most in brackets."),
+        paragraph(f"Medians of {len(results.of(ONE))} rounds, with the least and the most in brackets."),
         "## What is compared",
         bullets(_method(results)),
         "## Every round",
@@ -187,29 +225,33 @@ def write(results: Results) -> str:
 
 
 def _method(results: Results) -> Iterator[str]:
-    cores = results.cores
+    cores, width = results.cores, results.width
     yield (
-        f"`latchgate serve` with `LATCHGATE_WORKERS={FEW}` on core {_names(cores.few)}, and with"
-        f" `LATCHGATE_WORKERS={MANY}` on cores {_names(cores.many)}, else with default settings; each worker had been"
-        f" asked for all of {KEYS:,} keys before each turn, and holds them in memory."
+        f"`latchgate serve` with `LATCHGATE_WORKERS={FEW}` on core {_names(cores.few)}, with"
+        f" `LATCHGATE_WORKERS={MANY}` on cores {_names(cores.many)}, and two of one worker each on those cores, with a"
+        " database each, called at once; else with default settings. Each worker had been asked for all of"
+        f" {KEYS:,} keys before each turn, and holds them in memory."
     )
     yield (
-        f"**Turns** of {results.seconds:g} s, one of each service in a round, in each round another one first. A first"
-        " round is not counted."
+        f"**Turns** of {results.seconds:g} s, one of each in a round, in each round another one first. A first round is"
+        " not counted."
     )
-    tokens = "a token of its own" if cores.turn_s is None else "another token each time"
+    tokens = "a token of its own" if cores.turn_s is None else "other tokens all the time"
     yield (
-        f"**Load**: {results.processes} processes of `h2load` on {'core' if len(cores.load) == 1 else 'cores'}"
-        f" {_names(cores.load)}, each with one connection, one request at a time and {tokens}. The system spreads the"
-        " connections over the workers as they come (SO_REUSEPORT); `latchgate_worker_calls_total` says how evenly."
+        f"**Load**: {width.processes} processes of `h2load` on {'core' if len(cores.load) == 1 else 'cores'}"
+        f" {_names(cores.load)}, each with {width.connections} connections, {width.streams} calls at a time over each"
+        f" of those ({width.calls} in all) and {tokens}. The system spreads the connections over two workers as they"
+        " come (SO_REUSEPORT), and `latchgate_worker_calls_total` says how evenly; of two services each is called by"
+        " half of the processes."
     )
     yield (
-        "**Checked** in every turn: all calls ended with a message of full size, and the service counted as many VALID"
-        " answers as h2load saw, and no others."
+        "**Checked** in every turn: all calls ended with a message of full size, and as many VALID answers were counted"
+        " as h2load saw, and no others."
     )
     yield (
         "**CPU** of the workers from `process_cpu_seconds_total`; that of the load is h2load's and that of the program"
-        " which feeds it. Cores busy: CPU time over the time of the turn, in which h2load starts and ends as well."
+        " which feeds it. Cores busy: CPU time over the time of the turn, in which h2load starts and ends as well;"
+        " cores stolen: what the hypervisor gave to others while it was wanted here."
     )
 
 
@@ -218,17 +260,16 @@ def _names(cores: Sequence[int]) -> str:
 
 
 def _rounds(results: Results) -> Rows:
-    head = ("round", "1 worker, calls/s", "2 workers, calls/s", "ratio", "calls by worker")
+    head = ("round", *(f"{each}, calls/s" for each in (ONE, TWO, APART)), "2 workers over 1", "calls by worker")
     return [
         head,
         *(
             (
-                str(few.round),
-                f"{few.burst.per_s:,.0f}",
-                f"{many.burst.per_s:,.0f}",
-                f"{many.burst.per_s / few.burst.per_s:.2f}",
-                " + ".join(f"{calls:,.0f}" for calls in many.calls.values()),
+                str(one.round),
+                *(f"{each.burst.per_s:,.0f}" for each in (one, two, apart)),
+                f"{two.burst.per_s / one.burst.per_s:.2f}",
+                " + ".join(f"{calls:,.0f}" for calls in two.calls),
             )
-            for few, many in results.pairs()
+            for one, two, apart in zip(*(results.of(each) for each in (ONE, TWO, APART)), strict=True)
         ),
     ]
