@@ -61,7 +61,9 @@ def test_workers_are_compared(postgres_url: str, tmp_path: Path) -> None:
     """One worker, two, and two services take turns, and the page has a row for each, what is wanted, and whose cores
     they were.
     """
-    page = _page("workers.py", postgres_url, tmp_path, "--rounds", "1", "--seconds", "2", "--connections", "3")
+    page = _page(
+        "workers.py", postgres_url, tmp_path, "--rounds", "1", "--seconds", "2", "--connections", "3", "--streams", "2"
+    )
 
     for name in ("1 worker", "2 workers", "2 services"):
         assert f"| {name} | " in page
@@ -208,18 +210,17 @@ def test_lookups_are_held_against_the_budget(kind: Kind, digests: float, verdict
 @pytest.mark.parametrize(
     ("available", "cores", "is_load_alone"),
     [
-        ({0, 1}, Cores(few=(1,), many=(0, 1), load=(0,), total=2), False),
+        ({0, 1}, Cores(few=(1,), many=(0, 1), load=(0, 1), total=2), False),
         ({0, 1, 2}, Cores(few=(2,), many=(1, 2), load=(0,), total=3), True),
         ({0, 1, 2, 3}, Cores(few=(3,), many=(2, 3), load=(0, 1), total=4), True),
     ],
 )
 def test_each_worker_has_a_core(available: set[int], cores: Cores, *, is_load_alone: bool) -> None:
-    """Workers have a core each and the load what is left; where nothing is, that is known. Torn tokens are none."""
+    """Workers have a core each and the load what is left; where nothing is, it shares theirs, and that is known."""
     shared = Cores.share_out(available)
 
     assert cores == shared
     assert is_load_alone == shared.is_load_alone
-    assert (shared.turn_s is None) == (len(cores.load) > 1)
 
 
 def _workers_turns(**per_s: float) -> list[workers_page.Turn]:

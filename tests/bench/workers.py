@@ -53,9 +53,9 @@ class Contender:
 
 def main() -> int:
     """Runs the benchmark and gives the exit code."""
-    parser = command.arguments("make bench-workers", "Measures what a second worker adds.", rounds=9, seconds=5.0)
+    parser = command.arguments("make bench-workers", "Measures what a second worker adds.", rounds=12, seconds=5.0)
     parser.add_argument("--connections", type=positive, default=8, help="of each h2load (%(default)s)")
-    parser.add_argument("--streams", type=positive, default=2, help="calls at a time of each of those (%(default)s)")
+    parser.add_argument("--streams", type=positive, default=8, help="calls at a time of each of those (%(default)s)")
     arguments = parser.parse_args()
     h2load_path()
     cores = Cores.share_out(os.sched_getaffinity(0))
@@ -77,36 +77,36 @@ async def _measure(plan: Plan, cores: Cores) -> Sequence[Turn]:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latchgate-bench-")))
         cluster = await stack.enter_async_context(database.cluster(cores.load))
-        # What share nothing have a database each.
-        first, second = [await stack.enter_async_context(cluster.seeded(KEYS)) for _ in range(MANY)]
-        one, two, here, there = [
-            await stack.enter_async_context(servers.fleet(seeded, workers, on, folder))
-            for seeded, workers, on in (
-                (first, FEW, cores.few),
-                (first, MANY, cores.many),
-                (first, FEW, cores.many),
-                (second, FEW, cores.many),
+        contenders = [
+            Contender(
+                name=name,
+                # With a database each, they know nothing of each other.
+                fleets=[
+                    await stack.enter_async_context(
+                        servers.fleet(await stack.enter_async_context(cluster.seeded(KEYS)), workers, on, folder)
+                    )
+                    for workers in of_workers
+                ],
+            )
+            for name, of_workers, on in (
+                (ONE, [FEW], cores.few),
+                (TWO, [MANY], cores.many),
+                (APART, [FEW] * MANY, cores.many),
             )
         ]
-        contenders = [
-            Contender(name=ONE, fleets=[one]),
-            Contender(name=TWO, fleets=[two]),
-            Contender(name=APART, fleets=[here, there]),
-        ]
+        rng = random.Random(plan.seed)  # noqa: S311 - neither the order nor which keys are asked for is a secret
         load = Load(
             cores=cores.load,
             processes=plan.width.processes,
             connections=plan.width.connections,
             streams=plan.width.streams,
             folder=folder / "load",
-            rng=random.Random(plan.seed),  # noqa: S311 - which keys are asked for is no secret
-            turn_s=cores.turn_s,
+            rng=rng,
         )
         turns = []
         for number in range(plan.rounds + 1):
-            # Another one comes first in each round, so that none always follows the same one.
-            start = number % len(contenders)
-            for contender in (*contenders[start:], *contenders[:start]):
+            # None always follows the same one.
+            for contender in rng.sample(contenders, len(contenders)):
                 turn = await _turn(number, contender, load, plan, cores)
                 say(
                     f"{f'round {number}' if number else 'warm-up':8} {contender.name:10} {turn.burst.per_s:7,.0f}/s "

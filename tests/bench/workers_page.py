@@ -24,11 +24,8 @@ class Width:
 
     connections: int
     streams: int
-
-    @property
-    def processes(self) -> int:
-        """As many for each of two services."""
-        return 2 * MANY
+    processes: int = 2 * MANY
+    """As many for each of two services."""
 
     @property
     def calls(self) -> int:
@@ -47,24 +44,19 @@ class Cores:
 
     @classmethod
     def share_out(cls, available: Iterable[int]) -> Cores:
-        """Gives each worker a core and the load the rest; where nothing is left, it shares one with a worker.
+        """Gives each worker a core and the load the rest; where nothing is left, it shares theirs with them.
 
         Raises UnfitError if there are no two cores.
         """
         cores = tuple(sorted(available))
         if len(cores) < MANY:
             raise UnfitError("there is only one core, on which two workers can do no more than one; give at least two")
-        return cls(few=cores[-FEW:], many=cores[-MANY:], load=cores[:-MANY] or cores[:1], total=len(cores))
+        return cls(few=cores[-FEW:], many=cores[-MANY:], load=cores[:-MANY] or cores, total=len(cores))
 
     @property
     def is_load_alone(self) -> bool:
         """Whether no worker runs on the load's cores."""
         return not set(self.many) & set(self.load)
-
-    @property
-    def turn_s(self) -> float | None:
-        """How often the load is given other tokens: on several cores never, where it would read them half-way."""
-        return TURN_S if len(self.load) == 1 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,8 +137,6 @@ def table(results: Results) -> Rows:
     head = (
         "what",
         "calls/s",
-        "p50, ms",
-        "p99, ms",
         "CPU, µs/call",
         "load's CPU, µs/call",
         "workers, cores busy",
@@ -164,8 +154,6 @@ def _row(contender: str, turns: list[Turn]) -> tuple[str, ...]:
     return (
         contender,
         column(_per_s, ",.0f"),
-        column(lambda turn: turn.burst.p50_ms, ".1f"),
-        column(lambda turn: turn.burst.p99_ms, ".1f"),
         column(_cpu_us, ".0f"),
         column(lambda turn: turn.load_cpu_us, ".0f"),
         column(lambda turn: turn.workers_share, ".2f"),
@@ -190,10 +178,12 @@ def findings(results: Results) -> Iterator[str]:
         yield "The load had cores of its own, and the workers one each."
         return
     most = spread(results.over(APART, ONE, _per_s), ".2f")
+    most = spread(results.over(APART, ONE, _per_s), ".2f")
+    total, most = results.cores.total, spread(results.over(APART, ONE, _per_s), ".2f")
     yield (
-        f"**The load had no core of its own beside two workers**: there are {results.cores.total} cores, and it shared"
-        " one with a worker. So no two workers can do twice what one does here, which has a core to itself and leaves"
-        " the load the other. What they could do at most is what two services do that know nothing of each other:"
+        f"**The load had no core of its own beside two workers**: there are {total} cores, which it shared with them."
+        " So no two workers can do twice what one does here, which has a core to itself and leaves the load the other."
+        " What they could do at most is what two services do that know nothing of each other:"
         f" {most} times the calls of one. With a core for each, those would do {MANY} times as much as one;"
         f" {RATIO_WANTED} times as much is {RATIO_WANTED / MANY:g} of that."
     )
@@ -228,21 +218,22 @@ def _method(results: Results) -> Iterator[str]:
     cores, width = results.cores, results.width
     yield (
         f"`latchgate serve` with `LATCHGATE_WORKERS={FEW}` on core {_names(cores.few)}, with"
-        f" `LATCHGATE_WORKERS={MANY}` on cores {_names(cores.many)}, and two of one worker each on those cores, with a"
-        " database each, called at once; else with default settings. Each worker had been asked for all of"
-        f" {KEYS:,} keys before each turn, and holds them in memory."
+        f" `LATCHGATE_WORKERS={MANY}` on cores {_names(cores.many)}, and two of one worker each on those cores, called"
+        " at once; each of the four with a database of its own, else with default settings. Each worker had been asked"
+        f" for all of {KEYS:,} keys before each turn, and holds them in memory."
     )
     yield (
-        f"**Turns** of {results.seconds:g} s, one of each in a round, in each round another one first. A first round is"
+        f"**Turns** of {results.seconds:g} s, one of each in a round, in an order that is drawn anew. A first round is"
         " not counted."
     )
-    tokens = "a token of its own" if cores.turn_s is None else "other tokens all the time"
+    on = f"{'core' if len(cores.load) == 1 else 'cores'} {_names(cores.load)}"
     yield (
-        f"**Load**: {width.processes} processes of `h2load` on {'core' if len(cores.load) == 1 else 'cores'}"
-        f" {_names(cores.load)}, each with {width.connections} connections, {width.streams} calls at a time over each"
-        f" of those ({width.calls} in all) and {tokens}. The system spreads the connections over two workers as they"
-        " come (SO_REUSEPORT), and `latchgate_worker_calls_total` says how evenly; of two services each is called by"
-        " half of the processes."
+        f"**Load**: {width.processes} processes of `h2load` on {on}, each with {width.connections} connections,"
+        f" {width.streams} calls at a time over each of those ({width.calls} in all) and another token every"
+        f" {TURN_S * 1000:g} ms. With so many calls under way no worker waits for the load; how long a call takes says"
+        " nothing then, and is not shown. The system spreads the connections over two workers as they come"
+        " (SO_REUSEPORT), and `latchgate_worker_calls_total` says how evenly; of two services each is called by half of"
+        " the processes."
     )
     yield (
         "**Checked** in every turn: all calls ended with a message of full size, and as many VALID answers were counted"
