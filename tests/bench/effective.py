@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--workers", type=counts, default=(1, 4, 20), help="numbers of workers (1,4,20)")
     parser.add_argument("--rounds", type=positive, default=8, help="how many (%(default)s)")
     parser.add_argument(
-        "--changes", type=positive, default=50, help="revocations of each service in a round (%(default)s)"
+        "--changes", type=positive, default=100, help="revocations of each service in a round (%(default)s)"
     )
     arguments = parser.parse_args()
     fleets = command.run(_measure(arguments.workers, arguments.rounds, arguments.changes))

@@ -17,7 +17,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -40,11 +40,12 @@ from bench.machine import BenchError, grown_s, own_cpu_s  # noqa: E402 - the sam
 from bench.page import machine_line, paragraph  # noqa: E402 - the same
 from bench.report import Rows, as_markdown, as_text, spread  # noqa: E402 - the same
 from latchgate.domain.allotments import Allotments  # noqa: E402 - the same
-from latchgate.domain.model import RateState  # noqa: E402 - the same
-from latchgate.domain.ratelimit import WindowLimiter  # noqa: E402 - the same
+from latchgate.domain.model import NO_PERMITS, KeyRecord  # noqa: E402 - the same
+from latchgate.domain.shares import WINDOW_SLOTS  # noqa: E402 - the same
 from latchgate.limiting import SharedLimiter  # noqa: E402 - the same
 from latchgate.storage.ratelimit import PostgresRateStore, rate_link  # noqa: E402 - the same
 from support.limits import MemoryRateStore  # noqa: E402 - the same
+from support.records import KEY_RECORD  # noqa: E402 - the same
 
 PAGE = ROOT / "docs" / "limits.md"
 PLENTY: Final = 100_000_000
@@ -65,7 +66,7 @@ PACE_S: Final = 0.002
 # The service's own clock.
 boottime: Final[Callable[[], float]] = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
-Take = Callable[[str, int, int], RateState | None]
+Take = Callable[[KeyRecord, int, float], object]
 
 
 def main() -> int:
@@ -87,32 +88,48 @@ def main() -> int:
 
 def compare_takes(rounds: int) -> Rows:
     """Measures what a call adds in one process, in alternating rounds."""
-    keys = [f"key_{number:026d}" for number in range(KEYS)]
-    allotments, alone, store = Allotments(boottime), WindowLimiter(boottime), MemoryRateStore(time.time)
+    records = [replace(KEY_RECORD, key_id=f"key_{number:026d}") for number in range(KEYS)]
+    allotments, store = Allotments(boottime), MemoryRateStore(time.time)
 
     def supplied() -> Take:
-        for key in keys:
-            allotments.need(key, PLENTY, TURNS)
+        for record in records:
+            allotments.need(record.key_id, PLENTY, TURNS)
         asks, sent_s = allotments.asks(), boottime()
         allotments.hear(asks, store.step(asks), sent_s)
-        return allotments.take
+        for record in records:
+            record.permits = allotments.permits(record.key_id)
+        return partial(_take, allotments)
 
     ways: dict[str, tuple[Callable[[], Take], int, int]] = {
-        "nothing but the call": (lambda: lambda _key, _limit, _cost: None, PLENTY, TURNS),
-        "a limit of one process, as it was before": (lambda: alone.take, PLENTY, TURNS),
-        "shared, with permits": (supplied, PLENTY, TURNS),
-        "shared, the first request of a key, on debt": (lambda: Allotments(boottime).take, LOW, 1),
+        "nothing but the call": (lambda: lambda _record, _limit, _now_s: None, PLENTY, TURNS),
+        "with permits": (supplied, PLENTY, TURNS),
+        "the first request of a key, on debt": (lambda: partial(_take, Allotments(boottime)), LOW, 1),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, (prepare, limit, turns) in ways.items():
-            take = prepare()
+            for record in records:
+                record.permits = NO_PERMITS
+            take, now_s = prepare(), boottime()
             start_s = time.perf_counter()
             for _ in range(turns):
-                for key in keys:
-                    take(key, limit, 1)
+                for record in records:
+                    take(record, limit, now_s)
             times[name].append((time.perf_counter() - start_s) / (turns * KEYS) * 1e6)
     return [("way", "µs a call"), *((name, spread(values, ".2f")) for name, values in times.items())]
+
+
+def _take(allotments: Allotments, record: KeyRecord, limit: int, now_s: float) -> object:
+    """Takes a permit as Validator.recall does: in place, where the key has one."""
+    permits = record.permits
+    used = permits.used + 1
+    if permits.left < 1 or used > limit or permits.until_s <= now_s:
+        rate = allotments.take(record.key_id, limit, 1)
+        record.permits = allotments.permits(record.key_id)
+        return rate
+    permits.used = used
+    permits.left -= 1
+    return True, limit, limit - used, WINDOW_SLOTS
 
 
 @dataclass(slots=True, kw_only=True)

@@ -24,8 +24,7 @@ def write(keys: int, tables: tuple[Rows, Rows, Rows], *, compared: int, sizes: s
         as_markdown(notes),
         paragraph(
             "Processor time, in rounds that alternate within one process, each over"
-            f" {compared:,} keys. It is all that an answer takes for usage: nothing else is done until the flush. An"
-            " answer of VALID is noted in the third of these ways, a refusal in the last."
+            f" {compared:,} keys. It is all that an answer takes for usage: nothing else is done until the flush."
         ),
         "## What a flush takes",
         as_markdown(flushes),
