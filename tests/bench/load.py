@@ -2,8 +2,8 @@
 
 h2load sends the same body again and again. It maps the file that holds it, though, and reads it anew for each request:
 so the files are rewritten all the time, each with another token, and practically every request asks for another key.
-Hardly any is read half-way, as it can be where one is interrupted by the other: some in ten thousand. A load whose
-every body must be whole sends the same ones throughout a turn.
+Hardly any is read half-way, less than one in ten thousand. A load whose every body must be whole sends the same ones
+throughout a turn.
 """
 
 from __future__ import annotations

@@ -53,9 +53,10 @@ TURNS: Final = 20
 
 @dataclass(slots=True, kw_only=True)
 class Flushes:
-    """What flushes of so many keys have taken."""
+    """What writing so many keys has taken, in as many flushes as the service makes of it."""
 
     keys: int
+    flushes: int = 0
     seconds: list[float] = field(default_factory=list)
     wal_bytes: list[float] = field(default_factory=list)
     stall_s: list[float] = field(default_factory=list)
@@ -164,7 +165,10 @@ async def _flush(
         watching = asyncio.create_task(stall.watch())
         await asyncio.sleep(0)
         start_s = time.perf_counter()
-        await buffer.flush()
+        flushes.flushes = 0
+        while buffer.pending:
+            await buffer.flush()
+            flushes.flushes += 1
         seconds = time.perf_counter() - start_s
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
@@ -194,12 +198,13 @@ class _Stall:
 
 
 def _flush_table(flushes: Sequence[Flushes]) -> Rows:
-    head = ("keys with something to write", "s", "µs a key", "WAL, bytes a key", "longest piece of work, ms")
+    head = ("keys with something to write", "flushes", "s", "µs a key", "WAL, bytes a key", "longest piece of work, ms")
     return [
         head,
         *(
             (
                 f"{each.keys:,}",
+                str(each.flushes),
                 spread(each.seconds, ".3f"),
                 spread([seconds / each.keys * 1e6 for seconds in each.seconds], ".0f"),
                 spread([size / each.keys for size in each.wal_bytes], ".0f"),

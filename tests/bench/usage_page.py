@@ -8,7 +8,7 @@ from bench.history import DAYS_OF_ALL, DAYS_OF_BUSY
 from bench.page import machine_line, paragraph
 from bench.report import Rows, as_markdown
 from latchgate.domain.usage import MAX_EXAMINED
-from latchgate.storage.usage import FLUSH_ROWS
+from latchgate.storage.usage import FLUSH_ROWS, FLUSH_SECRETS, FLUSHES
 
 
 def write(keys: int, tables: tuple[Rows, Rows, Rows], *, compared: int, sizes: str, note: str) -> str:
@@ -29,10 +29,11 @@ def write(keys: int, tables: tuple[Rows, Rows, Rows], *, compared: int, sizes: s
         "## What a flush takes",
         as_markdown(flushes),
         paragraph(
-            f"One worker's flush, with {keys:,} keys in the database, of so many keys at random that were answered with"
-            f" VALID since the last one: their times, counts and their organizations' counts, {FLUSH_ROWS} keys in a"
-            " transaction. PostgreSQL is on the same machine, and its time is in the figures. A piece of work is what"
-            " the worker does at a stretch, in processor time: for so long nobody else is answered."
+            f"One worker's writing, with {keys:,} keys in the database, of so many keys at random that were answered"
+            f" with VALID: their times, counts and their organizations' counts, {FLUSH_ROWS} keys in a transaction."
+            f" More than {FLUSH_SECRETS:,} are written by up to {FLUSHES} flushes, one after the other; the seconds are"
+            " those of all of them. PostgreSQL is on the same machine, and its time is in the figures. A piece of work"
+            " is what the worker does at a stretch, in processor time: for so long nobody else is answered."
         ),
         "## What it takes to tell",
         as_markdown(queries),
