@@ -140,8 +140,9 @@ def warnings(results: Results) -> list[str]:
         )
     if results.repeated:
         said.append(
-            f"{results.repeated} {'turn was' if results.repeated == 1 else 'turns were'} done again: the load asked for"
-            " the same keys for too long, so that fewer were looked up than were to be."
+            f"{results.repeated} {'turn was' if results.repeated == 1 else 'turns were'} done again: answers came"
+            " from elsewhere than they were to. The load had asked for the same keys for too long, so that fewer were"
+            " looked up; or what was in memory had reached its age, so that more were."
         )
     return said
 
