@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import blake2s
+from itertools import pairwise
 from typing import Final
 
 import pytest
@@ -331,18 +333,37 @@ def test_too_many_changes_at_once() -> None:
     assert worker.knows()
 
 
-def test_answers_are_never_older_than_their_age() -> None:
-    """A record is not answered from memory once it is ten minutes old, counted from before it was asked for, although
-    leases were renewed all the time.
+@pytest.mark.parametrize(("digest", "age_s"), [(bytes(32), MAX_AGE_S), (b"\x80" + bytes(31), MAX_AGE_S * 3 / 4)])
+def test_answers_are_never_older_than_their_age(digest: bytes, age_s: float) -> None:
+    """A record is not answered from memory once it is as old as it may become, ten minutes at most, counted from before
+    it was asked for, although leases were renewed all the time.
     """
     worker = Worker()
     worker.read()
     worker.clock.advance(2)
-    worker.keep(ago_s=2)
-    for span_s, answers in ((MAX_AGE_S - 2.001, True), (0.001, False)):
+    worker.keep(digest, ago_s=2)
+    for span_s, answers in ((age_s - 2.001, True), (0.001, False)):
         worker.clock.advance(span_s)
         worker.read()
-        assert answers is worker.knows()
+        assert answers is worker.knows(digest)
+
+
+def test_what_came_together_does_not_leave_together() -> None:
+    """Keys that came into memory at one moment are looked up again one after the other, evenly over five minutes."""
+    worker = Worker()
+    worker.read()
+    keys = [blake2s(bytes((number,))).digest() for number in range(100)]
+    for number, digest in enumerate(keys):
+        worker.keep(digest, replace(KEY_RECORD, key_id=f"key_{number}"))
+    held = [len(keys)]
+    for span_s in (MAX_AGE_S / 2, *[MAX_AGE_S / 20] * 10):
+        worker.clock.advance(span_s)
+        worker.read()
+        held.append(sum(worker.knows(digest) for digest in keys))
+    assert (100, 100, 0) == (held[0], held[1], held[-1])
+    gone = [before - after for before, after in pairwise(held[1:])]
+    assert min(gone) > 0
+    assert max(gone) < 25
 
 
 @pytest.mark.parametrize(("ahead_s", "answers"), [(-0.001, True), (0.0, False)])

@@ -238,6 +238,7 @@ def validator_over(memory: Coherence, scene: Scene) -> Validator:
     min_revision=st.integers(0, 3),
 )
 @example(steps=[("renew", 0), ("keep", LeaseTerms(length_s=2).usable_s)], min_revision=0)
+@example(steps=[("renew", 0), ("keep", MAX_AGE_S / 2), ("renew", 0)], min_revision=0)
 @example(steps=[("renew", 0), ("keep", MAX_AGE_S), ("renew", 0)], min_revision=0)
 @example(steps=[("renew", 0), ("keep", 0), ("drop", 0)], min_revision=0)
 def test_what_is_recalled_is_what_memory_finds(steps: list[tuple[str, float]], min_revision: int) -> None:
