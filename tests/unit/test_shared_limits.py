@@ -147,8 +147,9 @@ def test_a_worker_that_goes_leaves_nothing_behind(seed: int) -> None:
         worker.stop()
         deployed.world.at(9.0, lambda: None)
         deployed.run(8.0)
-        # But for what it may let through without a word.
-        assert len(deployed.admitted) == sum(deployed.store.windows["key_1"].values()) + 100
+        # But for what it may let through without a word, of which a little is left: more is asked for in time.
+        held = sum(deployed.store.windows["key_1"].values())
+        assert 100 - 20 <= len(deployed.admitted) - held <= 100
 
 
 def test_workers_that_start_together() -> None:

@@ -102,6 +102,9 @@ class Allotments:
             share.limit = limit
             share.lacking = 0
         share.age(now_s)
+        if share.reserve and cost > share.permits.left:
+            share.release()
+            self._activate(share)
         if cost > share.permits.left and now_s >= self._stands_after_s:
             share.stand(limit, self.workers, now_s)
         if cost <= share.permits.left and cost and share.permits.used + cost <= limit:
@@ -179,7 +182,7 @@ class Allotments:
             ask = share.ask(now_s)
             if ask is not None:
                 asks.append(ask)
-            elif share.permits.left == share.standing() and not share.lacking:
+            elif share.permits.left + share.reserve == share.standing() and not share.lacking:
                 self._deactivate(share)
         return asks
 

@@ -65,8 +65,8 @@ class Share:
 
     __slots__ = (
         "asked_s", "backs", "block", "cost", "debt", "due_s", "free_after_s", "is_active", "is_looked_at", "key_id",
-        "lacking", "layers", "least", "leaves", "limit", "lost_s", "permits", "rate", "refused", "seen", "told_s",
-        "used_before", "waiting",
+        "lacking", "layers", "least", "leaves", "limit", "lost_s", "permits", "rate", "refused", "reserve", "seen",
+        "told_s", "used_before", "waiting",
     )  # fmt: skip
 
     def __init__(self, key_id: str, now_s: float) -> None:
@@ -79,6 +79,8 @@ class Share:
         # Of which grants the permits are that are left, the oldest first. A tuple, as below: most are empty or of one,
         # and there is a share for each key that is in use.
         self.layers: tuple[_Layer, ...] = ()
+        # How many more there are than `permits` has: whoever has used up those is to see that others are asked for.
+        self.reserve = 0
         # Permits that have expired, by slot.
         self.backs: tuple[tuple[int, int], ...] = ()
         # For which window of the clock's it was given standing permits.
@@ -141,15 +143,18 @@ class Share:
         self.used_before -= gone
 
     def settle(self, now_s: float) -> None:
-        """Finds out of which grants the permits are that are left; those that have expired are to be given back."""
+        """Finds out of which grants the permits are that are left; those that have expired are to be given back.
+
+        Where more have expired than were at hand, there are less than none until the others are released.
+        """
         layers = self.layers
         if len(layers) == 1 and layers[0].slot == _NOWHERE and layers[0].until_s <= now_s:
             # As below, in short: of most keys nothing else is ever held, and each time they are used it is of the past.
             self.layers = ()
-            self.permits.left = 0
+            self.permits.left = self.reserve = 0
             self.permits.until_s = NEVER
             return
-        used_up = -self.permits.left
+        used_up = -self.permits.left - self.reserve
         for layer in layers:
             used_up += layer.count
         good = []
@@ -165,6 +170,11 @@ class Share:
                     self.backs = (*self.backs, (layer.slot, layer.count))
         self.layers = tuple(good)
         self.permits.until_s = good[0].until_s if good else NEVER
+
+    def release(self) -> None:
+        """Has what was in reserve at hand."""
+        self.permits.left += self.reserve
+        self.reserve = 0
 
     def stand(self, limit: int, workers: int, now_s: float) -> None:
         """Takes the permits of which the store is never told, once for each window of the clock's."""
@@ -207,10 +217,9 @@ class Share:
     def ask(self, now_s: float) -> RateAsk | None:
         """Says what the store is to be told and asked, if there is anything."""
         self.age(now_s)
+        self.release()
         self._tell_rate(now_s)
-        is_far = self.permits.used < self.limit * FAR_PART
-        # Keys that are asked for less often find the last request reported each time, and need no permits.
-        is_steady = self.rate * AHEAD_S >= LEAST_AHEAD * self.cost
+        is_far, is_steady = self._is_far(), self._is_steady()
         stock = self.rate * (FAR_AHEAD_S if is_far else AHEAD_S) if is_steady else 0.0
         needed, wanted = self._wanted(now_s, stock, FAR_REFILL_AT if is_far else REFILL_AT)
         least = max((self.least or self.lacking or self.cost) - self.permits.left, 1)
@@ -219,15 +228,34 @@ class Share:
         # What nobody misses goes back with what is asked next.
         is_back_due = self.backs and not (is_far and is_steady)
         if not (wanted or self.debt or is_back_due or is_looked_at):
-            if is_far and is_steady and not self.lacking:
-                # Half of the way to where more are asked for: the demand may have doubled by then.
-                self.due_s = now_s + min((self.permits.left - stock * FAR_REFILL_AT) / self.rate / 2, LIFE_S)
+            self._rest(now_s)
             return None
         slot, back = 0, 0
         if self.backs:
             *others, (slot, back) = self.backs
             self.backs = tuple(others)
         return RateAsk(self.key_id, self.limit, self.debt, least, needed, wanted, slot, back)
+
+    def _is_far(self) -> bool:
+        """Says whether the limit is far, so that what lies idle here is missed by nobody."""
+        return self.permits.used < self.limit * FAR_PART
+
+    def _is_steady(self) -> bool:
+        """Says whether it is asked for so often that it needs permits.
+
+        Keys that are asked for less often find the last request reported each time.
+        """
+        return self.rate * AHEAD_S >= LEAST_AHEAD * self.cost
+
+    def _rest(self, now_s: float) -> None:
+        """Has it not looked at before few permits are left, or these have expired; where the limit is far."""
+        reserve = ceil(self.rate * FAR_AHEAD_S * FAR_REFILL_AT) if self._is_steady() else 0
+        if self.permits.left > reserve and self._is_far():
+            self.reserve = reserve
+            self.permits.left -= reserve
+            self.due_s = now_s + LIFE_S
+        else:
+            self.due_s = NEVER
 
     def _tell_rate(self, now_s: float) -> None:
         span_s = max(now_s - self.asked_s, SHORTEST_S)
@@ -295,3 +323,5 @@ class Share:
             self.lacking = 0
         if ask.charged and told.used > ask.limit:
             self.free_after_s = now_s + WINDOW_SLOTS
+        if not (self.debt or self.is_looked_at):
+            self._rest(now_s)
