@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Final, Protocol
 
 import structlog
@@ -24,6 +24,8 @@ MAX_BATCH: Final = 500
 PATIENCE_S: Final = 0.25
 # The same where no call waits: to connect, to try again and to say farewell.
 LONG_PATIENCE_S: Final = 1.0
+# How much longer it is waited for, so that an answer is read that came while this process did not get the processor.
+READ_S: Final = 0.01
 # How often a store that nobody needs is asked nevertheless.
 HEAR_S: Final = 5.0
 # For how long a worker lets nothing through without a word: until all that have started together have heard of each
@@ -161,7 +163,7 @@ class SharedLimiter:
     async def _exchange(self, asks: Sequence[RateAsk], told: Sequence[asyncio.Future[None]], patience_s: float) -> bool:
         sent_s = self._clock()
         try:
-            async with asyncio.timeout(patience_s):
+            async with _patience(patience_s):
                 answer = await self._ask(asks)
             self.allotments.hear(asks, answer, sent_s)
             self._heard_s = sent_s
@@ -190,7 +192,7 @@ class SharedLimiter:
         await asyncio.sleep(TRY_PAUSE_S)
         self.allotments.forget_old_debts()
         try:
-            async with asyncio.timeout(LONG_PATIENCE_S):
+            async with _patience(LONG_PATIENCE_S):
                 answer = await self._store.exchange([])
         except Exception:  # noqa: BLE001 - the same
             self._observer.not_exchanged()
@@ -212,6 +214,21 @@ class SharedLimiter:
         for told in waiting.values():
             if not told.done():
                 told.set_result(None)
+
+
+@asynccontextmanager
+async def _patience(seconds: float) -> AsyncIterator[None]:
+    """Has what is in the block end with TimeoutError after so many seconds, and not before what has come is read.
+
+    A loop that stood still finds timers that are over and answers that are there at the same time.
+    """
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as timeout:
+        timer = loop.call_later(seconds, lambda: timeout.reschedule(loop.time() + READ_S))
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def _pause_s() -> float:
