@@ -21,7 +21,7 @@ from bench.servers import Service, Source, Target
 FRAME_BYTES = 5
 # Times in an answer are written with as many bytes as they need, so answers differ by some bytes.
 SIZE_TOLERANCE_BYTES = 8
-MOST_LOOKUPS, LEAST_LOOKUPS = 0.01, 0.9
+MOST_LOOKUPS, LEAST_LOOKUPS = 0.03, 0.9
 MOST_TORN = 0.001
 MOST_REPEATED = 5
 """How many turns are done again in a run, before it ends with what was wrong with them."""

@@ -82,13 +82,13 @@ def test_answers_that_are_none_are_refused(burst: Burst) -> None:
         _check(burst, {"VALID": 100})
 
 
-@pytest.mark.parametrize(("source", "digests"), [(Source.MEMORY, 10), (Source.DATABASE, 1000), (Source.DATABASE, 950)])
+@pytest.mark.parametrize(("source", "digests"), [(Source.MEMORY, 30), (Source.DATABASE, 1000), (Source.DATABASE, 950)])
 def test_answers_from_where_they_are_to_come_from_are_taken(source: Source, digests: int) -> None:
     """Calls for the same key that arrive together are looked up once; what grew old in memory is looked up anew."""
     rounds.check_source(source, 1000, digests)
 
 
-@pytest.mark.parametrize(("source", "digests"), [(Source.MEMORY, 11), (Source.DATABASE, 800), (Source.DATABASE, 0)])
+@pytest.mark.parametrize(("source", "digests"), [(Source.MEMORY, 31), (Source.DATABASE, 800), (Source.DATABASE, 0)])
 def test_answers_from_elsewhere_are_refused(source: Source, digests: int) -> None:
     """What is called memory is not measured from the database, nor the other way round: that may be the load,
     and the turn is done again.
