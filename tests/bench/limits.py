@@ -319,7 +319,8 @@ def _page(takes: Rows, loads: Rows, overload: Rows, version: str) -> str:
             " limit allows; in the last row it is far from it, and nothing is told of it. A key that is asked for less"
             " than once a second is one row written for each call; with more calls a key the rows become few. Waited:"
             " calls that came when the worker had no permits for the key. The processor time is all that the limiter"
-            " takes, in the call and beside it."
+            " takes, in the call and beside it: what the same calls take with it, less what they take without it just"
+            " after, so that a machine that has changed its speed meanwhile adds or takes away some microseconds."
         ),
         "## How limits are kept",
         as_markdown(overload),
