@@ -225,10 +225,16 @@ class Allotments:
             share.debt = min(share.debt, self._alone.used(share.key_id))
 
     def farewell(self) -> Iterator[list[RateAsk]]:
-        """Says what is to be reported and given back before the worker goes, a statement's worth at a time."""
-        for share in self._active.values():
-            share.expire()
-        while asks := self.asks():
+        """Says what is to be reported and given back before the worker goes, a statement's worth at a time.
+
+        What calls have come to want meanwhile, and were granted, goes back as well.
+        """
+        while True:
+            for share in self._active.values():
+                share.expire()
+            asks = self.asks()
+            if not asks:
+                return
             yield asks
 
     def _activate(self, share: Share) -> None:
