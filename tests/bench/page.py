@@ -11,7 +11,7 @@ from bench.alternation import GAP_S, LEAD_S, SLICE_S
 from bench.load import TURN_S
 from bench.machine import Layout, cpu_model, versions
 from bench.report import spread
-from bench.rounds import NICENESS, Plan, Results
+from bench.rounds import NICENESS, NOOPS, Plan, Results
 from latchgate.rpc.server import SERVERS
 
 WIDTH = 120
@@ -35,16 +35,16 @@ def write(plan: Plan, layout: Layout, results: Results, note: str) -> str:
         "## Machine",
         bullets([*_machine(layout, results), *([note] if note else [])]),
         "## Every round",
-        "The no-op is the one that was called by turns with that server.",
+        "The no-op is the one of them that was called by turns with that server.",
         report.as_markdown(report.rounds(results)),
         "## Repeat it",
         "```\nmake bench\n```",
         paragraph(
             "It needs Linux, two cores, ten gigabytes of disk and `h2load` (on Debian and Ubuntu: `apt-get install"
-            " nghttp2-client`), and takes about forty minutes, of which six are for filling the databases. With"
-            " `LATCHGATE_DATABASE_URL` it uses a PostgreSQL server of yours: it makes databases of its own there, and"
-            " drops them. `python tests/bench/run.py --help` lists what can be varied. A run with options writes no"
-            " page, unless `--output` names a file."
+            " nghttp2-client`), and takes about three quarters of an hour, of which six minutes are for filling the"
+            " databases. With `LATCHGATE_DATABASE_URL` it uses a PostgreSQL server of yours: it makes databases of its"
+            " own there, and drops them. `python tests/bench/run.py --help` lists what can be varied. A run with"
+            " options writes no page, unless `--output` names a file."
         ),
     )
     return "\n\n".join(blocks) + "\n"
@@ -63,12 +63,15 @@ def _method(plan: Plan, results: Results) -> Iterator[str]:
         "**No-op**: a process on the same grpcio, with the same options, as many of grpc's servers on its port"
         f" ({SERVERS}), the same event loop and scheduling, that reads the same requests ({results.request_bytes}"
         " bytes) and gives to all one of the service's own answers"
-        f" ({results.answer_bytes} bytes). **On a single server**: the same, but for the number of servers. **On"
-        " default grpc.aio**: the same handler on grpc.aio and uvloop as they come, on a single server, without the"
-        " service's choice of options and scheduling."
+        f" ({results.answer_bytes} bytes). There are {NOOPS} such processes, because those of the same code differ by"
+        " some percents, each for as long as it runs: a server is compared with one of them for two rounds, in one of"
+        " which it goes first, and then with the next. **Another no-op**: one more, measured as if it were another"
+        " server. **On a single server**: the same, but for the number of servers. **On default grpc.aio**: the same"
+        " handler on grpc.aio and uvloop as they come, on a single server, without the service's choice of options and"
+        " scheduling."
     )
     yield (
-        f"**Turns**: each server is called by turns with the no-op, {SLICE_S:g} s the one and {SLICE_S:g} s the"
+        f"**Turns**: each server is called by turns with a no-op, {SLICE_S:g} s the one and {SLICE_S:g} s the"
         f" other, until each was called for {plan.seconds:g} s, or for half of that at least where the load was slow"
         " to start; then the next server, in an order drawn anew for each round. Whatever the machine does for"
         f" longer than that, it does to both. Before each such slice nobody is called for {GAP_S * 1000:g} ms, and"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
 from bench.rounds import Results, Turn
-from bench.servers import PLAIN, SINGLE, Source
+from bench.servers import ANOTHER, PLAIN, SINGLE, Source
 
 # Validate over the no-op, that with the most keys over that with the least, and over grpc.aio as it comes.
 RATIO_WANTED = {Source.MEMORY: 0.95, Source.DATABASE: 0.6}
 FLATNESS_WANTED = {Source.MEMORY: 0.95, Source.DATABASE: 0.9}
 GAIN_WANTED = 1.3
 STARVED_SHARE = 0.9
+# So many standard deviations to each side have 95 % of a normal distribution.
+NORMAL_95 = 1.96
 
 Rows = Sequence[Sequence[str]]
 
@@ -28,7 +31,7 @@ _HEAD = (
     "PostgreSQL CPU, µs/call",
     "keys a statement",
 )
-_ROUNDS_HEAD = ("round", "server", "calls/s", "no-op, calls/s", "ratio")
+_ROUNDS_HEAD = ("round", "server", "calls/s", "no-op", "its calls/s", "ratio")
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -39,7 +42,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 def summary(results: Results) -> Rows:
     """Gives a row for each server, the head first."""
-    return [_HEAD, *(_row(name, _turns(results, name)) for name in (*results.keys, SINGLE, PLAIN))]
+    return [_HEAD, *(_row(name, _turns(results, name)) for name in (*results.keys, ANOTHER, SINGLE, PLAIN))]
 
 
 def _turns(results: Results, name: str) -> list[Turn]:
@@ -73,8 +76,8 @@ def rounds(results: Results) -> Rows:
 
 
 def _round_row(turn: Turn) -> tuple[str, ...]:
-    rates = (turn.server.per_s, turn.noop.per_s)
-    return (str(turn.round), turn.name, *(f"{rate:,.0f}" for rate in rates), f"{turn.ratio:.3f}")
+    server, noop = (f"{each.per_s:,.0f}" for each in (turn.server, turn.noop))
+    return (str(turn.round), turn.name, server, turn.noop_name, noop, f"{turn.ratio:.3f}")
 
 
 def findings(results: Results) -> list[str]:
@@ -90,20 +93,44 @@ def findings(results: Results) -> list[str]:
             flatness = _over(results, alike[-1], alike[0])
             said.append(at_least(f"From {alike[-1]} over {alike[0]}", flatness, FLATNESS_WANTED[source]))
             # The same is done for each number of keys: of all turns together the median is known best.
-            ratios = [turn.ratio for name in alike for turn in _turns(results, name)]
+            turns = [turn for name in alike for turn in _turns(results, name)]
+            ratios = [turn.ratio for turn in turns]
             quarter, _, three_quarters = statistics.quantiles(ratios, n=4)
             together = f"From {source.value} over the no-op, of all these turns together"
             said.append(
                 at_least(together, ratios, RATIO_WANTED[source])
                 + f" Half of these {len(ratios)} turns lie between {quarter:.2f} and {three_quarters:.2f}."
+                + certainty(ratios)
+                + f" By the no-op beside them: {_by_noop(turns)}."
             )
         if several[len(alike) :]:
             said.append(
                 f"From {several[-1]}, over {alike[-1]}: {spread(_over(results, several[-1], alike[-1]), '.2f')}."
             )
+    same = [turn.ratio for turn in _turns(results, ANOTHER)]
+    said.append(f"Another process of the no-op, over the no-op: {spread(same, '.2f')}. It does the same.")
     names = [name for name, source in results.sources.items() if source is Source.MEMORY]
     said.append(at_least(f"Validate from {names[0]}, over the {PLAIN}", _over(results, names[0], PLAIN), GAIN_WANTED))
     return said
+
+
+def certainty(values: Sequence[float]) -> str:
+    """Says where the median of any number of such turns would lie; nothing, where there are too few to say.
+
+    By the order of the values alone, whatever their distribution: https://en.wikipedia.org/wiki/Order_statistic.
+    """
+    few = math.floor((len(values) - NORMAL_95 * math.sqrt(len(values))) / 2)
+    if few < 1:
+        return ""
+    ordered = sorted(values)
+    return f" The median of more of them would lie between {ordered[few - 1]:.2f} and {ordered[-few]:.2f} (95 %)."
+
+
+def _by_noop(turns: Sequence[Turn]) -> str:
+    """Gives a median for each no-op that the turns were compared with."""
+    names = sorted({turn.noop_name for turn in turns})
+    medians = (statistics.median(turn.ratio for turn in turns if turn.noop_name == name) for name in names)
+    return ", ".join(f"{median:.2f}" for median in medians)
 
 
 def _over(results: Results, one: str, other: str) -> list[float]:

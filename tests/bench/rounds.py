@@ -25,6 +25,8 @@ MOST_LOOKUPS, LEAST_LOOKUPS = 0.03, 0.9
 MOST_TORN = 0.001
 MOST_REPEATED = 5
 """How many turns are done again in a run, before it ends with what was wrong with them."""
+NOOPS = 4
+"""As many processes of the no-op: those of the same code differ by some percents, each for as long as it runs."""
 NICENESS = 10
 """The load's. PostgreSQL, which may have to share its core, comes first, as it would with a machine of its own."""
 
@@ -63,6 +65,7 @@ class Turn:
     round: int
     server: Called
     noop: Called
+    noop_name: str
     lookups: Lookups | None
 
     @property
@@ -126,11 +129,15 @@ async def measure(plan: Plan, layout: Layout, say: Say) -> Results:
                 if source is Source.MEMORY or each.keys > 1
             ]
             answer = services[-1].answer
-            yardstick, *others = [
-                await running.enter_async_context(start(answer, layout.server, folder))
-                for start in (servers.noop, servers.single_noop, servers.plain_noop)
+            noops = [
+                await running.enter_async_context(servers.noop(answer, layout.server, folder, name=f"no-op {number}"))
+                for number in range(1, NOOPS + 1)
             ]
-            comparison = _Comparison(plan, (loads[0], loads[1]), cluster, yardstick, say)
+            others = [
+                await running.enter_async_context(start(answer, layout.server, folder))
+                for start in (servers.another_noop, servers.single_noop, servers.plain_noop)
+            ]
+            comparison = _Comparison(plan, (loads[0], loads[1]), cluster, noops, say)
             turns = await comparison.run([*services, *others], services[-1].bodies)
         return Results(
             turns=turns,
@@ -160,13 +167,15 @@ def _in_use(seeded: Seeded, plan: Plan, *, is_largest: bool) -> list[tuple[int, 
 
 
 class _Comparison:
-    """Has each server called by turns with the no-op."""
+    """Has each server called by turns with a no-op."""
 
-    def __init__(self, plan: Plan, loads: tuple[Load, Load], cluster: Cluster, yardstick: Target, say: Say) -> None:
+    def __init__(
+        self, plan: Plan, loads: tuple[Load, Load], cluster: Cluster, noops: Sequence[Target], say: Say
+    ) -> None:
         self._plan = plan
         self._loads = loads
         self._cluster = cluster
-        self._yardstick = yardstick
+        self._noops = noops
         self._say = say
         self.repeated = 0
         # What part of a core each server takes while none is called.
@@ -177,7 +186,8 @@ class _Comparison:
     async def run(self, targets: Sequence[Target], bodies: Sequence[bytes]) -> list[Turn]:
         """Gives the turns of the counted rounds, one of each server a round; a round of warming up comes first.
 
-        The order is drawn anew for each round, so that none always follows the same one. No-ops are sent any of the
+        The order is drawn anew for each round, so that none always follows the same one. A server is called by turns
+        with one no-op for two rounds, in one of which it goes first, and then with the next. No-ops are sent any of the
         bodies, where the server beside has none of its own.
         """
         turns = len(targets) * (self._plan.rounds + 1)
@@ -185,24 +195,25 @@ class _Comparison:
         counted = []
         for number in range(self._plan.rounds + 1):
             if number == 1:
-                everyone = [self._yardstick, *targets]
+                everyone = [*self._noops, *targets]
                 self.rests = dict(
                     zip((each.name for each in everyone), await at_rest(everyone, self._plan.rest_s), strict=True)
                 )
-            for target in self._order.sample(targets, len(targets)):
-                turn = await self._unspoiled(number, target, bodies)
+            for place, target in self._order.sample(list(enumerate(targets)), len(targets)):
+                noop = self._noops[(number // 2 + place) % len(self._noops)]
+                turn = await self._unspoiled(number, target, noop, bodies)
                 self._report(turn)
                 if number:
                     counted.append(turn)
         return counted
 
-    async def _unspoiled(self, number: int, target: Target, bodies: Sequence[bytes]) -> Turn:
+    async def _unspoiled(self, number: int, target: Target, noop: Target, bodies: Sequence[bytes]) -> Turn:
         """Gives a turn that is what it is to be. One that is not is done again: all others are as good as they were."""
         while True:
             try:
                 if isinstance(target, Service):
-                    return await self._service(number, target)
-                return await self._turn(number, target, bodies)
+                    return await self._service(number, target, noop)
+                return await self._turn(number, target, noop, bodies)
             except SpoiledError as error:
                 if self.repeated == MOST_REPEATED:
                     raise
@@ -217,13 +228,13 @@ class _Comparison:
             f"p50 {burst.p50_ms:.1f} ms  p99 {burst.p99_ms:.1f} ms  server {turn.server.server_cpu_us:.0f} us/call"
         )
 
-    async def _service(self, number: int, service: Service) -> Turn:
+    async def _service(self, number: int, service: Service, noop: Target) -> Turn:
         if service.source is Source.MEMORY:
             # Each time: nothing stays in memory for ever.
             await service.warm()
         await service.check_answers()
         figures, postgres_s = await service.figures(), await self._cluster.cpu_s(service.seeded.url)
-        turn = await self._turn(number, service, service.bodies)
+        turn = await self._turn(number, service, noop, service.bodies)
         postgres_after_s = await self._cluster.cpu_s(service.seeded.url)
         grown = (await service.figures()).since(figures)
         check_outcomes(turn.server.burst, grown.outcomes)
@@ -243,16 +254,16 @@ class _Comparison:
         )
         return replace(turn, lookups=lookups)
 
-    async def _turn(self, number: int, target: Target, bodies: Sequence[bytes]) -> Turn:
-        """Calls a server and the no-op; in every second round the no-op goes first."""
-        order = (self._yardstick, target) if number % 2 else (target, self._yardstick)
+    async def _turn(self, number: int, target: Target, noop: Target, bodies: Sequence[bytes]) -> Turn:
+        """Calls a server and a no-op; in every second round the no-op goes first."""
+        order = (noop, target) if number % 2 else (target, noop)
         feeds = [partial(self._choice.choice, bodies)] * self._plan.processes
         first, second = (self.rests.get(each.name, 0.0) for each in order)
         called = await by_turns(self._loads, order, feeds, self._plan.seconds, rests=(first, second))
         for each, one in zip(called, order, strict=True):
             check_sizes(each.burst, one)
-        noop, server = called if number % 2 else reversed(called)
-        return Turn(name=target.name, round=number, server=server, noop=noop, lookups=None)
+        of_noop, of_target = called if number % 2 else reversed(called)
+        return Turn(name=target.name, round=number, server=of_target, noop=of_noop, noop_name=noop.name, lookups=None)
 
 
 def check_sizes(burst: Burst, target: Target) -> None:

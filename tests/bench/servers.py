@@ -22,6 +22,7 @@ from bench.database import MAX_TOKENS, TAG_KEY, Seeded
 from bench.machine import BenchError, free_port, pinned
 from bench.metrics import Scrape
 
+ANOTHER = "another no-op"
 PLAIN = "no-op on default grpc.aio"
 SINGLE = "no-op on a single server"
 METHOD = "/apikeys.v1.KeyService/Validate"
@@ -248,6 +249,11 @@ async def noop(
         if given != answer:
             raise BenchError("the no-op answers with something else than it was told")
         yield Target(name=name, pid=process.pid, port=port, answer=given)
+
+
+def another_noop(answer: pb.ValidateResponse, core: int, folder: Path) -> AbstractAsyncContextManager[Target]:
+    """Runs the no-op once more, to be called by turns with the others as if it were another server."""
+    return noop(answer, core, folder, name=ANOTHER)
 
 
 def single_noop(answer: pb.ValidateResponse, core: int, folder: Path) -> AbstractAsyncContextManager[Target]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from apikeys.v1 import key_service_pb2 as pb
-from bench import rounds
+from bench import report, rounds
 from bench.alternation import Called, Slice, called
 from bench.load import Burst, Window, evaluated
 from bench.machine import BenchError, Layout, SpoiledError
@@ -123,7 +123,7 @@ def _comparison(monkeypatch: pytest.MonkeyPatch, spoiled: int) -> tuple[Any, lis
     """A measurement of one counted round whose first turns are spoiled, and the list of those that are not."""
     plan = rounds.Plan(keys=(1,), rounds=1, seconds=1.0, processes=1, in_use=1, seed=1)
     nothing: Any = None
-    comparison: Any = rounds._Comparison(plan, nothing, nothing, TARGET, lambda _: None)  # noqa: SLF001 - its rule alone
+    comparison: Any = rounds._Comparison(plan, nothing, nothing, [TARGET], lambda _: None)  # noqa: SLF001 - its rule alone
     left, done = spoiled, list[str]()
 
     async def turn(*_: object) -> str:
@@ -150,7 +150,7 @@ async def test_rest_is_that_of_each_server(monkeypatch: pytest.MonkeyPatch) -> N
     noop, server = replace(TARGET, name="no-op"), replace(TARGET, name="server")
     plan = rounds.Plan(keys=(1,), rounds=2, seconds=1.0, processes=1, in_use=1, seed=1)
     nothing: Any = None
-    comparison: Any = rounds._Comparison(plan, nothing, nothing, noop, lambda _: None)  # noqa: SLF001 - its rule alone
+    comparison: Any = rounds._Comparison(plan, nothing, nothing, [noop], lambda _: None)  # noqa: SLF001 - its rule alone
     seen = []
 
     async def by_turns(
@@ -170,6 +170,44 @@ async def test_rest_is_that_of_each_server(monkeypatch: pytest.MonkeyPatch) -> N
     # The first round warms up.
     assert [{"no-op": 0.0, "server": 0.0}, *[{"no-op": 0.1, "server": 0.2}] * 2] == seen
     assert {"no-op": 0.1, "server": 0.2} == comparison.rests
+
+
+async def test_each_server_is_compared_with_every_noop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eight rounds a server is called by turns with each of four no-ops twice, once before it and once behind."""
+    noops = [replace(TARGET, name=f"no-op {number}") for number in range(1, 5)]
+    targets = [replace(TARGET, name=name) for name in ("one", "another")]
+    plan = rounds.Plan(keys=(1,), rounds=8, seconds=1.0, processes=1, in_use=1, seed=1)
+    nothing: Any = None
+    comparison: Any = rounds._Comparison(plan, nothing, nothing, noops, lambda _: None)  # noqa: SLF001 - its rule alone
+    seen = []
+
+    async def by_turns(_loads: object, order: tuple[Target, Target], *_: object, **_rests: object) -> list[Called]:
+        seen.append((order[0].name, order[1].name))
+        window = Window(begin_s=0.0, told_s=0.8, end_s=1.0)
+        quiet = [Slice(window=window, used_s=(0.0, 0.0), load_s=0.6)]
+        return [called(0, replace(BURST, per_s=50.0 if each in noops else 100.0), (quiet, quiet)) for each in order]
+
+    monkeypatch.setattr(rounds, "at_rest", _resting)
+    monkeypatch.setattr(rounds, "by_turns", by_turns)
+    monkeypatch.setattr(rounds, "check_sizes", lambda *_: None)
+    turns = await comparison.run(targets, [b""])
+
+    pairs = [(target.name, noop.name) for target in targets for noop in noops]
+    # The first round warms up.
+    assert sorted([*pairs, *((noop, target) for target, noop in pairs)]) == sorted(seen[len(targets) :])
+    assert sorted([*pairs, *pairs]) == sorted((turn.name, turn.noop_name) for turn in turns)
+    assert {2.0} == {turn.ratio for turn in turns}
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(3, ""), (8, "between 1.00 and 8.00 (95 %)"), (48, "between 17.00 and 32.00 (95 %)")],
+)
+def test_how_certain_a_median_is(count: int, said: str) -> None:
+    """As tables of the sign test have it; of few values nothing is said."""
+    values = [float(number) for number in range(count, 0, -1)]
+    assert said in report.certainty(values)
+    assert bool(said) == bool(report.certainty(values))
 
 
 def test_calls_are_counted_while_all_connections_were_at_work() -> None:

@@ -118,6 +118,7 @@ async def test_a_run_writes_a_page_and_leaves_nothing_behind(postgres_url: str, 
         "From memory, 1,000 keys over memory, 200 keys: ",
         "From memory over the no-op, of all these turns together: ",
         "From memory, 1,000 keys, 1,000 in use, over memory, 1,000 keys: ",
+        "Another process of the no-op, over the no-op: ",
         "Validate from memory, 200 keys, over the no-op on default grpc.aio: ",
     ):
         assert finding in " ".join(page.split())
@@ -141,8 +142,8 @@ async def test_ctrl_c_ends_all_that_was_started(postgres_url: str) -> None:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("seeded 1 key ")
         assert process.stdout.readline().startswith("measuring: ")
-        # A service, three no-ops, and four of h2load for each of two.
-        children = _children(process.pid, 12)
+        # A service, four no-ops and three others, and four of h2load for each of two.
+        children = _children(process.pid, 16)
         _wait_until_stopped(children, 4)
         process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=90)
