@@ -10,16 +10,19 @@ import argparse
 import asyncio
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 from unittest import mock
@@ -62,6 +65,8 @@ WORKERS: Final = 2
 CALLERS: Final = 4
 # How often calls are made that are due.
 PACE_S: Final = 0.002
+# For how long at a time nothing is done at the same pace, beside it.
+PIECE_S: Final = 1.0
 
 # The service's own clock.
 boottime: Final[Callable[[], float]] = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
@@ -168,12 +173,22 @@ async def _measure(seconds: float, overload_s: float) -> tuple[Rows, Rows, str]:
                 "worker, µs a call",
                 "PostgreSQL, µs a call",
             )  # fmt: skip
-            loads = [head, *[await _load(cluster, seeded, load, seconds) for load in LOADS]]
+            with another_process() as beside:
+                loads = [head, *[await _load(cluster, seeded, load, seconds, beside) for load in LOADS]]
             overload = await _overload(seeded, cores, folder, overload_s)
         return loads, overload, version
 
 
-async def _load(cluster: Cluster, seeded: Seeded, load: tuple[int, int, int], seconds: float) -> tuple[str, ...]:
+def another_process() -> ProcessPoolExecutor:
+    """Gives one in which nothing is done at a load's pace, beside it. Ctrl-C is left to those that have started it."""
+    return ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
+
+
+async def _load(
+    cluster: Cluster, seeded: Seeded, load: tuple[int, int, int], seconds: float, beside: Executor
+) -> tuple[str, ...]:
     """Counts calls for keys at random against PostgreSQL, as a worker does, without the calls themselves."""
     keys, rate, limit = load
     store, statements = PostgresRateStore(rate_link(seeded.url)), Statements()
@@ -181,7 +196,7 @@ async def _load(cluster: Cluster, seeded: Seeded, load: tuple[int, int, int], se
     with mock.patch("latchgate.limiting.SETTLE_S", 0.0):
         limiter = SharedLimiter(store=store, clock=boottime, observer=statements)
     running = asyncio.create_task(limiter.run())
-    names = [f"key_{number:026d}" for number in range(keys)]
+    names = _names(keys)
     waiting: set[asyncio.Task[None]] = set()
 
     def call(key: str) -> None:
@@ -192,10 +207,14 @@ async def _load(cluster: Cluster, seeded: Seeded, load: tuple[int, int, int], se
 
     # In the first part all keys are new: it is not counted.
     await _drive(call, names, rate, max(seconds / 3, 1.5 * keys / rate))
+    # Here it is started.
+    await _unloaded(beside, keys, rate, PIECE_S)
     waits, server_s = limiter.waits, await cluster.cpu_s(seeded.url)
     statements.keys.clear()
     statements.seconds.clear()
-    calls, span_s, cpu_s = await _drive(call, names, rate, seconds)
+    (calls, span_s, cpu_s), unloaded_us = await asyncio.gather(
+        _drive(call, names, rate, seconds), _unloaded(beside, keys, rate, seconds)
+    )
     server_after_s, waits = await cluster.cpu_s(seeded.url), limiter.waits - waits
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
@@ -204,7 +223,6 @@ async def _load(cluster: Cluster, seeded: Seeded, load: tuple[int, int, int], se
     store.close()
     if statements.failed:
         raise BenchError("statements failed: the machine has too much else to do")
-    idle_calls, _, idle_s = await _drive(lambda _: None, names, rate, seconds / 3)
     used_s = None if server_s is None or server_after_s is None else grown_s(server_s, server_after_s)
     server = "" if used_s is None else f"{used_s / calls * 1e6:.1f}"
     return (
@@ -215,9 +233,29 @@ async def _load(cluster: Cluster, seeded: Seeded, load: tuple[int, int, int], se
         f"{statistics.mean(statements.keys):.0f}",
         f"{statistics.median(statements.seconds) * 1e3:.1f} (p99 {_p99(statements.seconds) * 1e3:.1f})",
         f"{waits / calls:.2%}",
-        f"{(cpu_s / calls - idle_s / idle_calls) * 1e6:.1f}",
+        f"{cpu_s / calls * 1e6 - unloaded_us:.1f}",
         server,
     )
+
+
+def _names(keys: int) -> Sequence[str]:
+    return [f"key_{number:026d}" for number in range(keys)]
+
+
+async def _unloaded(beside: Executor, keys: int, rate: int, seconds: float) -> float:
+    """Makes the same calls in another process, where nothing is counted: gives its processor time for each, in us."""
+    # Piece by piece, so that it ends soon when it is to.
+    pieces = [
+        await asyncio.get_running_loop().run_in_executor(beside, _piece, keys, rate)
+        for _ in range(max(round(seconds / PIECE_S), 1))
+    ]
+    return statistics.mean(pieces)
+
+
+def _piece(keys: int, rate: int) -> float:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        calls, _, cpu_s = runner.run(_drive(lambda _: None, _names(keys), rate, PIECE_S))
+    return cpu_s / calls * 1e6
 
 
 async def _drive(
@@ -319,8 +357,8 @@ def _page(takes: Rows, loads: Rows, overload: Rows, version: str) -> str:
             " limit allows; in the last row it is far from it, and nothing is told of it. A key that is asked for less"
             " than once a second is one row written for each call; with more calls a key the rows become few. Waited:"
             " calls that came when the worker had no permits for the key. The processor time is all that the limiter"
-            " takes, in the call and beside it: what the same calls take with it, less what they take without it just"
-            " after, so that a machine that has changed its speed meanwhile adds or takes away some microseconds."
+            " takes, in the call and beside it: what the calls take with it, less what the same calls take without it"
+            " in another process at the same time."
         ),
         "## How limits are kept",
         as_markdown(overload),

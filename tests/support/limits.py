@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from latchgate.domain.allotments import Allotments
 from latchgate.domain.errors import StorageUnavailableError
 from latchgate.domain.model import NO_PERMITS, Permits, RateState
 from latchgate.domain.ports import RateAnswer, RateAsk, RateTold
 from latchgate.domain.ratelimit import WindowLimiter
 from latchgate.domain.shares import WINDOW_SLOTS
+from support.records import ManualClock
+
+KEY = "key_1"
+OTHERS_ASK = RateAsk(KEY, 1000, 0, 1, 0, 0, 0, 0)
 
 
 class MemoryRateStore:
@@ -61,6 +66,42 @@ class MemoryRateStore:
         most = min(ask.wanted, room, max(ask.needed, room // min(max(self.workers, 1), 4)))
         beyond = most - ask.needed if most >= ask.needed else most
         return most - beyond % ask.least
+
+
+class LimitBench:
+    """A worker and the store, under one clock."""
+
+    def __init__(self, *, limit: int = 10, max_keys: int = 100, workers: int = 1) -> None:
+        self.limit = limit
+        self.clock = ManualClock(1000.25)
+        self.store = MemoryRateStore(self.clock, workers)
+        self.allotments = Allotments(self.clock, max_keys)
+
+    def take(self, cost: int = 1, key_id: str = KEY) -> RateState | None:
+        """Has a request come."""
+        return self.allotments.take(key_id, self.limit, cost)
+
+    def exchange(self, *, delay_s: float = 0.0) -> list[RateAsk]:
+        """Has the worker ask the store; the answer takes a while."""
+        asks, sent_s = self.allotments.asks(), self.clock()
+        answer = self.store.step(asks)
+        self.clock.advance(delay_s)
+        self.allotments.hear(asks, answer, sent_s)
+        return asks
+
+    def need(self, cost: int = 1, *, delay_s: float = 0.0) -> None:
+        """Has a request wait for the store."""
+        self.allotments.need(KEY, self.limit, cost)
+        self.exchange(delay_s=delay_s)
+
+    def others_take(self, cost: int) -> None:
+        """Charges what other workers have admitted."""
+        self.store.step([OTHERS_ASK._replace(charged=cost)])
+
+    @property
+    def used(self) -> int:
+        """What the store holds of the key."""
+        return sum(self.store.windows.get(KEY, {}).values())
 
 
 class CountingAlone(WindowLimiter):
