@@ -6,7 +6,7 @@ import pytest
 
 from latchgate.domain.allotments import Allotments
 from latchgate.domain.model import NO_PERMITS, RateState
-from latchgate.domain.shares import LIFE_S, WINDOW_SLOTS, Share
+from latchgate.domain.shares import LASTING_S, LIFE_S, WINDOW_SLOTS, Share
 from support.limits import KEY, LimitBench, MemoryRateStore
 from support.records import ManualClock
 
@@ -313,7 +313,7 @@ def test_standing_permits() -> None:
     """Of a twentieth of the limit, by thirds for each window of the clock's, the store is never told; no more."""
     bench = LimitBench(limit=1000, workers=2)
     bench.exchange()
-    assert [True] * 8 == [bool(bench.take()) for _ in range(8)]
+    assert [True] * 6 == [bool(bench.take()) for _ in range(6)]
     assert [] == bench.exchange()
     bench.take()
     bench.exchange()
@@ -321,7 +321,7 @@ def test_standing_permits() -> None:
     told = bench.used
     # The same again in the next window of the clock's, and what has expired is not given back to the store.
     bench.clock.advance(WINDOW_SLOTS)
-    for _ in range(8):
+    for _ in range(6):
         assert bench.take()
     bench.clock.advance(3 * WINDOW_SLOTS)
     bench.take()
@@ -336,7 +336,7 @@ def test_standing_permits_of_a_window_that_is_over_are_gone() -> None:
     for _ in range(3):
         assert RateState(allowed=True, limit=6000, remaining=5999, reset_after_s=62) == allotments.take(KEY, 6000, 1)
         permits = allotments.permits(KEY)
-        assert 100 - 1 == permits.left
+        assert 80 - 1 == permits.left
         assert clock() < permits.until_s <= clock() + WINDOW_SLOTS
         clock.advance(WINDOW_SLOTS)
 
@@ -348,7 +348,7 @@ def test_permits_end_no_later_for_standing_ones_beside_them() -> None:
     bench.need(5)
     assert bench.take(600) is None
     permits = bench.allotments.permits(KEY)
-    assert (5 + 16, bench.clock() + LIFE_S) == (permits.left, permits.until_s)
+    assert (10 + 13, bench.clock() + LASTING_S) == (permits.left, permits.until_s)
 
 
 def test_what_has_left_the_window_is_no_demand() -> None:
@@ -370,7 +370,7 @@ def test_permits_of_a_key_that_is_forgotten_admit_nothing() -> None:
     assert NO_PERMITS is allotments.permits(KEY)
     assert allotments.take(KEY, 6000, 1) is not None
     permits = allotments.permits(KEY)
-    assert (100 - 1, 1) == (permits.left, permits.used)
+    assert (80 - 1, 1) == (permits.left, permits.used)
     assert permits.until_s > clock()
     for number in range(4):
         assert allotments.take(f"another_{number}", 6000, 1) is not None
@@ -425,7 +425,7 @@ def test_standing_permits_are_not_given_twice_to_those_let_go_of() -> None:
     """A key that has used its standing permits has none again in the same window, however many others come."""
     bench = LimitBench(limit=1000, workers=2)
     bench.exchange()
-    assert [True] * 8 == [bool(bench.take()) for _ in range(8)]
+    assert [True] * 6 == [bool(bench.take()) for _ in range(6)]
     for number in range(50):
         bench.take(0, key_id=f"another_{number}")
     assert bench.take()

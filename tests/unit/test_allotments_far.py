@@ -61,8 +61,8 @@ def test_far_from_the_limit_a_key_is_looked_at_less_often(monkeypatch: pytest.Mo
     looks: list[RateAsk | None] = []
     ask = Share.ask
 
-    def counting(share: Share, now_s: float) -> RateAsk | None:
-        looks.append(ask(share, now_s))
+    def counting(share: Share, now_s: float, workers: int) -> RateAsk | None:
+        looks.append(ask(share, now_s, workers))
         return looks[-1]
 
     monkeypatch.setattr(Share, "ask", counting)
@@ -76,7 +76,7 @@ def test_far_from_the_limit_a_key_is_looked_at_less_often(monkeypatch: pytest.Mo
     bench = LimitBench(limit=1_000_000)
     looks.clear()
     bench.allotments.need(KEY, bench.limit, 1)
-    for _ in range(40):
+    for _ in range(120):
         bench.exchange()
         bench.clock.advance(0.05)
     assert [True, True, False] == [each is not None for each in looks]
@@ -147,16 +147,16 @@ def test_reserve_of_standing_permits_ends_with_them() -> None:
     ticks = 0
     while not bench.allotments.is_idle:
         ticks += 1
-        assert ticks < 30
+        assert ticks < 200
         assert bench.take() is not None
         bench.clock.advance(0.05)
         bench.exchange()
     at_hand = bench.allotments.permits(KEY).left
     bench.clock.advance(WINDOW_SLOTS)
     assert bench.take() is not None
-    assert 0 < at_hand < 100 - 1 == bench.allotments.permits(KEY).left
+    assert 0 < at_hand < 80 - 1 == bench.allotments.permits(KEY).left
     # And one on debt.
-    assert 100 == len(list(iter(bench.take, None)))
+    assert 80 == len(list(iter(bench.take, None)))
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -172,7 +172,7 @@ def test_farewell_gives_back_what_was_to_last(used: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize(("limit", "standing"), [(1_000_000, 0), (6000, 100), (3000, 50), (300, 0)])
+@pytest.mark.parametrize(("limit", "standing"), [(1_000_000, 0), (6000, 80), (3000, 40), (300, 0)])
 def test_every_permit_is_used_or_given_back(limit: int, standing: int, seed: int) -> None:
     """However a key is used, the store holds in the end what was admitted and no more, less the standing permits that
     were used: none is lost, and none is used twice.
@@ -195,7 +195,7 @@ def test_every_permit_is_used_or_given_back(limit: int, standing: int, seed: int
         bench.clock.advance(pause_s)
         if is_answered:
             bench.exchange(delay_s=0.004)
-    for _ in range(60):
+    for _ in range(280):
         bench.clock.advance(0.05)
         bench.exchange()
     assert bench.allotments.is_idle

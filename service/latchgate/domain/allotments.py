@@ -15,7 +15,11 @@ of counting:
   and after one that went beyond the limit there is none for a whole window. So each worker adds at most one request to
   what the limit lets through in a minute.
 - Of STANDING_PART of the limit, shared out among the workers, the store is never told, so that keys which are far from
-  their limits cost it nothing. So no sliding minute admits more than 1.05 of the limit, and one for each worker.
+  their limits cost it nothing.
+- Of LASTING_PART of the limit, shared out as well, each worker may hold permits for LASTING_S, so that keys which are far
+  from their limits are asked for less often. Such a permit may be used when what it is charged to has left the window;
+  but only one that was held when the minute began, and of these there are no more than that part.
+- So no sliding minute admits more than 1.05 of the limit, and one for each worker.
 - Whoever is told that the window is full is told when what leaves it, and refuses from memory until then.
 
 While the store is away each worker keeps a fair share of the limit by a window of its own.
@@ -172,14 +176,14 @@ class Allotments:
     def asks(self, key_ids: Sequence[str] | None = None) -> list[RateAsk]:
         """Says what the store is to be told and asked now: of these keys, or of all of which there is something."""
         now_s = self._clock()
-        active = self._active
+        active, workers = self._active, self._sharing(now_s)
         if key_ids is None:
             shares = [share for share in active.values() if share.due_s <= now_s]
         else:
             shares = [active[each] for each in key_ids if each in active]
         asks = []
         for share in shares:
-            ask = share.ask(now_s)
+            ask = share.ask(now_s, workers)
             if ask is not None:
                 asks.append(ask)
             elif share.permits.left + share.reserve == share.standing() and not share.lacking:
@@ -190,10 +194,15 @@ class Allotments:
         """Takes note of what the store has answered to a statement that was sent at `sent_s` of the clock."""
         now_s = self._clock()
         self.workers = max(answer.workers, 1)
+        workers = self._sharing(now_s)
         for ask in asks:
             told = answer.told.get(ask.key_id)
             if told is not None:
-                self._shares[ask.key_id].hear(ask, told, sent_s, now_s)
+                self._shares[ask.key_id].hear(ask, told, sent_s, now_s, workers)
+
+    def _sharing(self, now_s: float) -> int:
+        """Gives how many workers share what each may have for itself; 0 as long as not all of them have heard so."""
+        return self.workers if now_s >= self._stands_after_s else 0
 
     def lose(self) -> None:
         """Takes note that the store is away: from now on each worker counts for itself."""

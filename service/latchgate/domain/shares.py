@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from functools import lru_cache
 from math import ceil
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Final
 
 from latchgate.domain.model import Permits
@@ -16,14 +16,17 @@ NEVER: Final = float("-inf")
 WINDOW_SLOTS: Final = 62
 # Less than a second by what clocks may go apart, and by what a minute may be longer by one than by the other.
 LIFE_S: Final = 0.95
-# For how long permits are asked for in advance, and how much of that is left when more are asked for.
+# The same for permits that last. A worker hears within 5 seconds that there is one more, which begins to hold some of
+# them 10 seconds after its start: by then those have ended that were too many.
+LASTING_S: Final = 4.5
+# For how long permits are asked for in advance, and for how long there are some left when more are asked for.
 AHEAD_S: Final = 0.5
-REFILL_AT: Final = 0.4
+REFILL_S: Final = 0.2
 # The same where less than a part of the limit is used: what lies idle here is missed by nobody, and each key is asked
-# for half as often.
+# for half as often; where the permits last, a tenth as often.
 FAR_PART: Final = 0.75
 FAR_AHEAD_S: Final = 0.9
-FAR_REFILL_AT: Final = 0.2
+LASTING_AHEAD_S: Final = 4.2
 # Keys that are asked for less often than about once a second need none.
 LEAST_AHEAD: Final = 0.5
 # Over what span the demand for a key is averaged, and the shortest one that it is told from.
@@ -38,7 +41,10 @@ STEADY: Final = 4.0
 # What part of a limit the workers may let through together without telling the store of it. A third of it is for each
 # window of the clock's, of which a minute touches two; the last third is for workers that take the place of others,
 # which have let their own part through.
-STANDING_PART: Final = 0.05
+STANDING_PART: Final = 0.04
+# What part of a limit the workers may hold together of permits that last: so many may be used when what they are
+# charged to has left the window.
+LASTING_PART: Final = 0.01
 # Stands for the slot of permits that were never taken from one.
 _NOWHERE: Final = -1
 
@@ -76,7 +82,7 @@ class Share:
         # Apart from the rest, because whoever counts in them may keep them for longer than the share lasts. Their
         # `used` is what the window holds as far as is known, less what is left here, and with what was not reported.
         self.permits = Permits()
-        # Of which grants the permits are that are left, the oldest first. A tuple, as below: most are empty or of one,
+        # Of which grants the permits are that are left, by when they end. A tuple, as below: most are empty or of one,
         # and there is a share for each key that is in use.
         self.layers: tuple[_Layer, ...] = ()
         # How many more there are than `permits` has: whoever has used up those is to see that others are asked for.
@@ -183,17 +189,26 @@ class Share:
             self.block = block
             count = int(limit * STANDING_PART / 3) // workers
             if count:
-                # The last ones to be used: they last longest.
-                until_s = _end_s(block)
-                self.layers = (*self.layers, _Layer(_NOWHERE, count, until_s))
-                self.permits.left += count
-                if len(self.layers) == 1:
-                    self.permits.until_s = until_s
+                self._hold(_Layer(_NOWHERE, count, _end_s(block)))
+
+    def _hold(self, layer: _Layer) -> None:
+        """Has permits at hand until the first of all of them end; those are the first to be used."""
+        place = bisect_right(self.layers, layer.until_s, key=attrgetter("until_s"))
+        self.layers = (*self.layers[:place], layer, *self.layers[place:])
+        self.permits.left += layer.count
+        self.permits.until_s = self.layers[0].until_s
 
     def standing(self) -> int:
         """Gives how many permits are left of which the store is not told; to be asked after `settle`."""
-        last = self.layers[-1] if self.layers else None
-        return last.count if last is not None and last.slot == _NOWHERE else 0
+        count = 0
+        for layer in self.layers:
+            if layer.slot == _NOWHERE:
+                count += layer.count
+        return count
+
+    def _lasting(self, workers: int) -> int:
+        """Gives how many permits may last; none where `workers` are not known yet, which is 0."""
+        return int(self.limit * LASTING_PART) // workers if workers else 0
 
     def is_short_of(self, cost: int, limit: int) -> bool:
         """Says whether it is known that there is no room for a cost; to be asked after `age`."""
@@ -214,14 +229,18 @@ class Share:
             return 0
         return ceil(self.leaves[-1][0] - now_s) if self.leaves and not self.debt else WINDOW_SLOTS
 
-    def ask(self, now_s: float) -> RateAsk | None:
-        """Says what the store is to be told and asked, if there is anything."""
+    def ask(self, now_s: float, workers: int) -> RateAsk | None:
+        """Says what the store is to be told and asked, if there is anything; `workers` as `hear` has them."""
         self.age(now_s)
         self.release()
         self._tell_rate(now_s)
         is_far, is_steady = self._is_far(), self._is_steady()
-        stock = self.rate * (FAR_AHEAD_S if is_far else AHEAD_S) if is_steady else 0.0
-        needed, wanted = self._wanted(now_s, stock, FAR_REFILL_AT if is_far else REFILL_AT)
+        stock = 0.0
+        if is_steady:
+            stock = self.rate * AHEAD_S
+            if is_far:
+                stock = max(self.rate * FAR_AHEAD_S, min(self.rate * LASTING_AHEAD_S, self._lasting(workers)))
+        needed, wanted = self._wanted(now_s, stock)
         least = max((self.least or self.lacking or self.cost) - self.permits.left, 1)
         is_looked_at, self.is_looked_at = self.is_looked_at or bool(self.waiting), False
         self.waiting = self.least = 0
@@ -249,11 +268,12 @@ class Share:
 
     def _rest(self, now_s: float) -> None:
         """Has it not looked at before few permits are left, or these have expired; where the limit is far."""
-        reserve = ceil(self.rate * FAR_AHEAD_S * FAR_REFILL_AT) if self._is_steady() else 0
+        reserve = ceil(self.rate * REFILL_S) if self._is_steady() else 0
         if self.permits.left > reserve and self._is_far():
             self.reserve = reserve
             self.permits.left -= reserve
-            self.due_s = now_s + LIFE_S
+            # Those that stand do not go back.
+            self.due_s = max([layer.until_s for layer in self.layers if layer.slot != _NOWHERE], default=now_s + LIFE_S)
         else:
             self.due_s = NEVER
 
@@ -268,7 +288,7 @@ class Share:
         self.used_before = self.permits.used
         self.refused = 0
 
-    def _wanted(self, now_s: float, demand: float, refill_at: float) -> tuple[int, int]:
+    def _wanted(self, now_s: float, demand: float) -> tuple[int, int]:
         """Says how many permits are needed now, and how many are wanted to meet a demand ahead."""
         stock = min(ceil(demand / self.cost) * self.cost, self.limit)
         if self.waiting:
@@ -286,7 +306,7 @@ class Share:
             if is_full and now_s - self.told_s < LOOK_AGAIN_S:
                 return 0, 0
             return least - self.permits.left, max(least, stock) - self.permits.left
-        if is_full or self.permits.left > stock * refill_at:
+        if is_full or self.permits.left > ceil(self.rate * REFILL_S):
             return 0, 0
         return 0, max(stock - self.permits.left, 0)
 
@@ -301,17 +321,19 @@ class Share:
         self.rate = 0.0
         self.due_s = NEVER
 
-    def hear(self, ask: RateAsk, told: RateTold, sent_s: float, now_s: float) -> None:
-        """Takes note of the store's answer to a statement that was sent at `sent_s`, and came now."""
+    def hear(self, ask: RateAsk, told: RateTold, sent_s: float, now_s: float, workers: int) -> None:
+        """Takes note of the store's answer to a statement that was sent at `sent_s`, and came now.
+
+        Permits that last are shared by `workers`; 0 as long as it is not known how many there are.
+        """
         self.debt -= ask.charged
         taken = self.permits.used - self.used_before
         if self.layers:
             self.settle(now_s)
         if told.granted:
-            place = len(self.layers) - bool(self.standing())
-            layer = _Layer(told.slot, told.granted, sent_s + LIFE_S)
-            self.layers = (*self.layers[:place], layer, *self.layers[place:])
-            self.permits.left += told.granted
+            held = self.permits.left + self.reserve - self.standing() + told.granted
+            life_s = LASTING_S if held <= self._lasting(workers) else LIFE_S
+            self._hold(_Layer(told.slot, told.granted, sent_s + life_s))
             self.settle(now_s)
         self.permits.used = (
             told.used - (self.permits.left - self.standing()) - sum(back for _, back in self.backs) + self.debt
