@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from latchgate.domain.ports import RateAsk
-from latchgate.limiting import HEAR_S, PATIENCE_S, TICK_S
+from latchgate.domain.shares import LASTING_S
+from latchgate.limiting import HEAR_S, PATIENCE_S, SETTLE_S, TICK_S
 from support.shared_limits import KEY, deployment
 
 bursts = st.lists(st.tuples(st.floats(0, 70), st.integers(1, 30), st.integers(0, 4)), max_size=25)
@@ -217,3 +218,18 @@ def test_a_worker_with_nothing_to_send_sleeps() -> None:
         before = len(looks)
         deployed.run(200)
         assert len(looks) - before <= 140 / HEAR_S + 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_others_hold_too_much_of_has_ended_when_a_new_worker_begins(seed: int) -> None:
+    """A worker without requests hears of a new one so soon that by the time it holds permits that last, those of the
+    others have ended that are more than their part.
+    """
+    with deployment(seed, workers=1) as deployed:
+        (worker,) = deployed.workers
+        deployed.load(10_000, 400.0, 8.0)
+        deployed.run(9.0)
+        deployed.store.workers = 2
+        deployed.run(9.0 + HEAR_S + 0.2)
+        assert 2 == worker.limiter.allotments.workers
+        assert HEAR_S + 0.2 + LASTING_S <= SETTLE_S
