@@ -26,7 +26,7 @@ MOST_TORN = 0.001
 MOST_REPEATED = 5
 """How many turns are done again in a run, before it ends with what was wrong with them."""
 NOOPS = 4
-"""As many processes of the no-op: those of the same code differ by some percents, each for as long as it runs."""
+"""As many processes of the no-op: those of the same code may differ by some percents, each for as long as it runs."""
 NICENESS = 10
 """The load's. PostgreSQL, which may have to share its core, comes first, as it would with a machine of its own."""
 
