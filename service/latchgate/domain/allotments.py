@@ -16,9 +16,9 @@ of counting:
   what the limit lets through in a minute.
 - Of STANDING_PART of the limit, shared out among the workers, the store is never told, so that keys which are far from
   their limits cost it nothing.
-- Of LASTING_PART of the limit, shared out as well, each worker may hold permits for LASTING_S, so that keys which are far
-  from their limits are asked for less often. Such a permit may be used when what it is charged to has left the window;
-  but only one that was held when the minute began, and of these there are no more than that part.
+- Of LASTING_PART of the limit, shared out as well, each worker may hold permits for LASTING_S, so that keys which are
+  far from their limits are asked for less often. Such a permit may be used when what it is charged to has left the
+  window; but only one that was held when the minute began, and of these there are no more than that part.
 - So no sliding minute admits more than 1.05 of the limit, and one for each worker.
 - Whoever is told that the window is full is told when what leaves it, and refuses from memory until then.
 
