@@ -98,8 +98,8 @@ def _method(plan: Plan, results: Results) -> Iterator[str]:
         " many VALID answers as h2load saw, and no others but NOT_FOUND for at most one in a thousand, whose tokens"
         " were read while they were being replaced; before and after, an ordinary client was told the right key"
         " for known tokens, and NOT_FOUND for two that were never made; and the tokens looked up were at most"
-        f" {MOST_LOOKUPS:.0%} of the answers from memory, as what has been there for five to ten minutes is looked up anew,"
-        f" and at least {LEAST_LOOKUPS:.0%} of those from the database."
+        f" {MOST_LOOKUPS:.0%} of the answers from memory, as what has been there for five to ten minutes is looked up"
+        f" anew, and at least {LEAST_LOOKUPS:.0%} of those from the database."
     )
     yield (
         "**Measured**: calls a second, and the time from request to answer of those that began early enough in a"
