@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Final, Protocol
 
 import structlog
@@ -17,6 +17,8 @@ from latchgate.domain.ports import RateAnswer, RateAsk, RateStore
 # How often what there is to report and to ask goes out. Drawn anew each time, so that no worker is always the first to
 # ask for what has just left a window.
 TICK_S: Final = (0.03, 0.07)
+# The same while nothing is urgent, so that each statement carries more.
+LATE_TICK_S: Final = (0.2, 0.3)
 # How far statements for calls that wait are kept apart, so that each carries several.
 SPACING_S: Final = 0.004
 MAX_BATCH: Final = 500
@@ -67,8 +69,9 @@ class SharedLimiter:
         self.permits = self.allotments.permits
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._wake = asyncio.Event()
-        # When everything is sent next, and what calls wait for at the soonest.
+        # When everything is sent next, when that is if nothing is urgent, and what calls wait for at the soonest.
         self._tick_s = 0.0
+        self._late_tick_s = 0.0
         self._next_s = 0.0
         # The statement that is under way.
         self._sending: asyncio.Task[bool] | None = None
@@ -121,12 +124,12 @@ class SharedLimiter:
         self._wake.clear()
         now_s = self._clock()
         if is_tick:
-            self._tick_s = now_s + _pause_s()
+            self._plan_ticks(now_s)
             asks = self.allotments.asks()
         else:
             asks = self.allotments.asks(list(self._waiting))
         self._next_s = now_s + SPACING_S
-        if not asks and now_s - self._heard_s > HEAR_S:
+        if not asks and now_s >= self._heard_s + HEAR_S - TICK_S[0]:
             # How many workers there are is to be known before the store is away.
             await self._send([], LONG_PATIENCE_S)
         while asks and await self._send(asks[:MAX_BATCH], PATIENCE_S):
@@ -134,12 +137,17 @@ class SharedLimiter:
 
     async def _is_tick_next(self) -> bool:
         """Waits for what comes first: a call that waits, or the next tick, if there is anything to send."""
-        self._stirred.clear()
-        if self.allotments.is_idle:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(max(self._heard_s + HEAR_S - self._clock(), 0)):
+        while not self.allotments.is_urgent:
+            is_idle = self.allotments.is_idle
+            end_s = self._heard_s + HEAR_S if is_idle else self._late_tick_s
+            self._stirred.clear()
+            try:
+                async with asyncio.timeout(max(end_s - self._clock(), 0)):
                     await self._stirred.wait()
-            self._tick_s = self._clock() + _pause_s()
+            except TimeoutError:
+                return True
+            if is_idle:
+                self._plan_ticks(self._clock())
         left_s = self._tick_s - self._clock()
         if left_s <= 0:
             return True
@@ -150,6 +158,10 @@ class SharedLimiter:
         except TimeoutError:
             return True
         return False
+
+    def _plan_ticks(self, now_s: float) -> None:
+        self._tick_s = now_s + random.uniform(*TICK_S)  # noqa: S311 - to spread, not to hide
+        self._late_tick_s = now_s + random.uniform(*LATE_TICK_S)  # noqa: S311 - the same
 
     async def _send(self, asks: Sequence[RateAsk], patience_s: float) -> bool:
         """Sends a statement, and takes note of what it has brought; says whether it was answered.
@@ -229,8 +241,3 @@ async def _patience(seconds: float) -> AsyncIterator[None]:
             yield
         finally:
             timer.cancel()
-
-
-def _pause_s() -> float:
-    """Draws how long it is to the next tick."""
-    return random.uniform(*TICK_S)  # noqa: S311 - to spread, not to hide

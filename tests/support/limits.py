@@ -71,11 +71,18 @@ class MemoryRateStore:
 class LimitBench:
     """A worker and the store, under one clock."""
 
-    def __init__(self, *, limit: int = 10, max_keys: int = 100, workers: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        limit: int = 10,
+        max_keys: int = 100,
+        workers: int = 1,
+        stirred: Callable[[], object] = lambda: None,
+    ) -> None:
         self.limit = limit
         self.clock = ManualClock(1000.25)
         self.store = MemoryRateStore(self.clock, workers)
-        self.allotments = Allotments(self.clock, max_keys)
+        self.allotments = Allotments(self.clock, max_keys, stirred=stirred)
 
     def take(self, cost: int = 1, key_id: str = KEY) -> RateState | None:
         """Has a request come."""

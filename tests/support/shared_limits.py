@@ -6,6 +6,7 @@ import asyncio
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import accumulate
 from typing import Final
 from unittest import mock
@@ -77,26 +78,26 @@ class Worker:
 
         self.stopping = self.loop.create_task(stop())
 
-    def request(self, limit: int, cost: int = 1) -> None:
+    def request(self, limit: int, cost: int = 1, key_id: str = KEY) -> None:
         """Has a call come."""
-        self.loop.deliver(self._request, limit, cost)
+        self.loop.deliver(self._request, limit, cost, key_id)
 
-    def _request(self, limit: int, cost: int) -> None:
+    def _request(self, limit: int, cost: int, key_id: str) -> None:
         self.asked += 1
         # Others come all the time, for whose windows those of the past have to go.
         self.limiter.take(f"another_{self.asked}", limit, 0)
-        state = self.limiter.take(KEY, limit, cost)
+        state = self.limiter.take(key_id, limit, cost)
         if state is None:
-            self.loop.create_task(self._ask(limit, cost))
+            self.loop.create_task(self._ask(limit, cost, key_id))
         else:
             self._note(state, cost)
 
-    async def _ask(self, limit: int, cost: int) -> None:
+    async def _ask(self, limit: int, cost: int, key_id: str) -> None:
         start_s = self._world.now_s
         state = None
         while state is None:
-            await self.limiter.wait(KEY, limit, cost)
-            state = self.limiter.take(KEY, limit, cost)
+            await self.limiter.wait(key_id, limit, cost)
+            state = self.limiter.take(key_id, limit, cost)
         self.slowest_s = max(self.slowest_s, self._world.now_s - start_s)
         self._note(state, cost)
 
@@ -136,19 +137,19 @@ class Deployment:
         self.workers.append(worker)
         return worker
 
-    def load(self, limit: int, a_second: float, until_s: float, cost: int = 1) -> None:
+    def load(self, limit: int, a_second: float, until_s: float, cost: int = 1, key_id: str = KEY) -> None:
         """Has each worker asked at its own irregular times, so often on average."""
         for worker in self.workers:
-            self.load_of(worker, limit, a_second, until_s, cost)
+            self._come(partial(worker.request, limit, cost, key_id), a_second, until_s)
 
     def load_of(self, worker: Worker, limit: int, a_second: float, until_s: float, cost: int = 1) -> None:
         """Has one of them asked so."""
-        self._come(worker, limit, cost, a_second, until_s)
+        self._come(partial(worker.request, limit, cost), a_second, until_s)
 
-    def _come(self, worker: Worker, limit: int, cost: int, a_second: float, until_s: float) -> None:
+    def _come(self, request: Callable[[], None], a_second: float, until_s: float) -> None:
         def come() -> None:
-            worker.request(limit, cost)
-            self._come(worker, limit, cost, a_second, until_s)
+            request()
+            self._come(request, a_second, until_s)
 
         time_s = self.world.now_s + self.world.random.expovariate(a_second)
         if time_s < until_s:

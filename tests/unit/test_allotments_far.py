@@ -154,7 +154,7 @@ def test_reserve_of_standing_permits_ends_with_them() -> None:
     at_hand = bench.allotments.permits(KEY).left
     bench.clock.advance(WINDOW_SLOTS)
     assert bench.take() is not None
-    assert 0 < at_hand < 80 - 1 == bench.allotments.permits(KEY).left
+    assert 0 < at_hand < 70 - 1 == bench.allotments.permits(KEY).left
     # And one on debt.
     assert 80 == len(list(iter(bench.take, None)))
 

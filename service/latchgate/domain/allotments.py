@@ -77,6 +77,8 @@ class Allotments:
         self.workers = 1
         # Whether each worker counts for itself, because the store is away.
         self.is_alone = False
+        # Whether there is something that should not wait for long.
+        self.is_urgent = False
 
     def __len__(self) -> int:
         return len(self._shares)
@@ -108,9 +110,9 @@ class Allotments:
         share.age(now_s)
         if share.reserve and cost > share.permits.left:
             share.release()
-            self._activate(share)
+            self._activate(share, is_urgent=not share.is_patient)
         if cost > share.permits.left and now_s >= self._stands_after_s:
-            share.stand(limit, self.workers, now_s)
+            share.stand(limit, self.workers, cost, now_s)
         if cost <= share.permits.left and cost and share.permits.used + cost <= limit:
             share.permits.used += cost
             share.permits.left -= cost
@@ -179,6 +181,7 @@ class Allotments:
         active, workers = self._active, self._sharing(now_s)
         if key_ids is None:
             shares = [share for share in active.values() if share.due_s <= now_s]
+            self.is_urgent = False
         else:
             shares = [active[each] for each in key_ids if each in active]
         asks = []
@@ -188,6 +191,8 @@ class Allotments:
                 asks.append(ask)
             elif share.permits.left + share.reserve == share.standing() and not share.lacking:
                 self._deactivate(share)
+            elif share.due_s == NEVER:
+                self.is_urgent = True
         return asks
 
     def hear(self, asks: Sequence[RateAsk], answer: RateAnswer, sent_s: float) -> None:
@@ -198,7 +203,9 @@ class Allotments:
         for ask in asks:
             told = answer.told.get(ask.key_id)
             if told is not None:
-                self._shares[ask.key_id].hear(ask, told, sent_s, now_s, workers)
+                share = self._shares[ask.key_id]
+                share.hear(ask, told, sent_s, now_s, workers)
+                self.is_urgent = self.is_urgent or share.due_s == NEVER
 
     def _sharing(self, now_s: float) -> int:
         """Gives how many workers share what each may have for itself; 0 as long as not all of them have heard so."""
@@ -246,11 +253,13 @@ class Allotments:
                 return
             yield asks
 
-    def _activate(self, share: Share) -> None:
+    def _activate(self, share: Share, *, is_urgent: bool = True) -> None:
+        """Has it looked at with the next tick, or with a later one if nothing is urgent until then."""
         share.due_s = NEVER
+        if self.is_idle or (is_urgent and not self.is_urgent):
+            self.is_urgent = is_urgent
+            self._stirred()
         if not share.is_active:
-            if not self._active:
-                self._stirred()
             share.is_active = True
             self._active[share.key_id] = share
 

@@ -16,8 +16,8 @@ NEVER: Final = float("-inf")
 WINDOW_SLOTS: Final = 62
 # Less than a second by what clocks may go apart, and by what a minute may be longer by one than by the other.
 LIFE_S: Final = 0.95
-# The same for permits that last. A worker hears within 5 seconds that there is one more, which begins to hold some of
-# them 10 seconds after its start: by then those have ended that were too many.
+# The same for permits that last. A worker hears within 5 seconds and a tick that there is one more, which begins to
+# hold some of them 10 seconds after its start: by then those have ended that were too many.
 LASTING_S: Final = 4.5
 # For how long permits are asked for in advance, and for how long there are some left when more are asked for.
 AHEAD_S: Final = 0.5
@@ -27,6 +27,11 @@ REFILL_S: Final = 0.2
 FAR_PART: Final = 0.75
 FAR_AHEAD_S: Final = 0.9
 LASTING_AHEAD_S: Final = 4.2
+# For how long there are some left when more are asked for where nobody hurries, and how long the permits have to last
+# for that; of those that stand it is a part.
+LATE_REFILL_S: Final = 0.5
+LATE_AHEAD_S: Final = 2.0
+STANDING_RESERVE_PART: Final = 0.125
 # Keys that are asked for less often than about once a second need none.
 LEAST_AHEAD: Final = 0.5
 # Over what span the demand for a key is averaged, and the shortest one that it is told from.
@@ -47,6 +52,7 @@ STANDING_PART: Final = 0.04
 LASTING_PART: Final = 0.01
 # Stands for the slot of permits that were never taken from one.
 _NOWHERE: Final = -1
+_BY_END = attrgetter("until_s")
 
 
 @lru_cache(maxsize=2)
@@ -70,9 +76,9 @@ class Share:
     """The state is open to latchgate.domain.allotments, and the permits to whoever counts in them."""
 
     __slots__ = (
-        "asked_s", "backs", "block", "cost", "debt", "due_s", "free_after_s", "is_active", "is_looked_at", "key_id",
-        "lacking", "layers", "least", "leaves", "limit", "lost_s", "permits", "rate", "refused", "reserve", "seen",
-        "told_s", "used_before", "waiting",
+        "asked_s", "backs", "block", "cost", "debt", "due_s", "free_after_s", "is_active", "is_looked_at",
+        "is_patient", "key_id", "lacking", "layers", "least", "leaves", "limit", "lost_s", "permits", "rate",
+        "refused", "reserve", "seen", "told_s", "used_before", "waiting",
     )  # fmt: skip
 
     def __init__(self, key_id: str, now_s: float) -> None:
@@ -111,6 +117,8 @@ class Share:
         # As if it had not been asked for lately: one request is no reason to expect another soon.
         self.asked_s = now_s - 2.0
         self.used_before = 0
+        # Whether what is in reserve is enough to wait for a later tick with once it is released.
+        self.is_patient = True
         # Whether there is, or may soon be, something to ask or to report; and when that is to be seen to again.
         self.is_active = False
         self.due_s = NEVER
@@ -182,18 +190,24 @@ class Share:
         self.permits.left += self.reserve
         self.reserve = 0
 
-    def stand(self, limit: int, workers: int, now_s: float) -> None:
-        """Takes the permits of which the store is never told, once for each window of the clock's."""
+    def _reserve(self, count: int) -> None:
+        """Holds so many more in reserve, of those that are at hand."""
+        self.reserve += count
+        self.permits.left -= count
+
+    def stand(self, limit: int, workers: int, cost: int, now_s: float) -> None:
+        """Takes the permits of which the store is never told, once for each window of the clock's, to use `cost`."""
         block = int(now_s // WINDOW_SLOTS)
         if block != self.block:
             self.block = block
             count = int(limit * STANDING_PART / 3) // workers
             if count:
                 self._hold(_Layer(_NOWHERE, count, _end_s(block)))
+                self._reserve(max(min(int(count * STANDING_RESERVE_PART), self.permits.left - cost), 0))
 
     def _hold(self, layer: _Layer) -> None:
         """Has permits at hand until the first of all of them end; those are the first to be used."""
-        place = bisect_right(self.layers, layer.until_s, key=attrgetter("until_s"))
+        place = bisect_right(self.layers, layer.until_s, key=_BY_END)
         self.layers = (*self.layers[:place], layer, *self.layers[place:])
         self.permits.left += layer.count
         self.permits.until_s = self.layers[0].until_s
@@ -240,6 +254,7 @@ class Share:
             stock = self.rate * AHEAD_S
             if is_far:
                 stock = max(self.rate * FAR_AHEAD_S, min(self.rate * LASTING_AHEAD_S, self._lasting(workers)))
+        self.is_patient = is_steady and stock >= self.rate * LATE_AHEAD_S
         needed, wanted = self._wanted(now_s, stock)
         least = max((self.least or self.lacking or self.cost) - self.permits.left, 1)
         is_looked_at, self.is_looked_at = self.is_looked_at or bool(self.waiting), False
@@ -266,12 +281,15 @@ class Share:
         """
         return self.rate * AHEAD_S >= LEAST_AHEAD * self.cost
 
+    def _few(self) -> int:
+        """Gives how many permits are left when more are to be asked for."""
+        return ceil(self.rate * (LATE_REFILL_S if self.is_patient else REFILL_S))
+
     def _rest(self, now_s: float) -> None:
         """Has it not looked at before few permits are left, or these have expired; where the limit is far."""
-        reserve = ceil(self.rate * REFILL_S) if self._is_steady() else 0
+        reserve = self._few() if self._is_steady() else 0
         if self.permits.left > reserve and self._is_far():
-            self.reserve = reserve
-            self.permits.left -= reserve
+            self._reserve(reserve)
             # Those that stand do not go back.
             self.due_s = max([layer.until_s for layer in self.layers if layer.slot != _NOWHERE], default=now_s + LIFE_S)
         else:
@@ -306,7 +324,7 @@ class Share:
             if is_full and now_s - self.told_s < LOOK_AGAIN_S:
                 return 0, 0
             return least - self.permits.left, max(least, stock) - self.permits.left
-        if is_full or self.permits.left > ceil(self.rate * REFILL_S):
+        if is_full or self.permits.left > self._few():
             return 0, 0
         return 0, max(stock - self.permits.left, 0)
 
