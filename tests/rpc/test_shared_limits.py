@@ -7,6 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
 import pytest_asyncio
@@ -100,17 +101,27 @@ async def test_refusals_come_from_memory(pair: Pair) -> None:
         assert sample(service, "latchgate_rate_limit_asks_total") - asks <= 2 + 5 * (time.monotonic() - start_s)
 
 
+async def has_asked(service: RunningService, count: float) -> bool:
+    """Whether a worker has heard the answer to so many things that it has asked."""
+    return sample(service, "latchgate_rate_limit_asks_total") >= count
+
+
 async def test_a_key_that_is_used_now_and_then_does_not_wait(pair: Pair) -> None:
     """Calls far from the limit are answered from memory from the first one on, and reported."""
     tenant = await make_tenant(pair[0], "acme")
     created = await tenant.key(rate_limit_per_minute=30)
     for service in pair:
         await service.validate(created.token, required_permissions=["not:granted"])
-    waits = [sample(service, "latchgate_rate_limit_waits_total") for service in pair]
+    waits, asks = (
+        [sample(service, f"latchgate_rate_limit_{what}_total") for service in pair] for what in ("waits", "asks")
+    )
     for number in range(5):
         for service in pair:
             assert "VALID" == await service.outcome(created.token)
         await until_used(pair[0], created.key.id, 2 * (number + 1))
+        # Workers hear of it a moment after the window has it.
+        for service, before in zip(pair, asks, strict=True):
+            await until(partial(has_asked, service, before + number + 1))
     assert waits == [sample(service, "latchgate_rate_limit_waits_total") for service in pair]
 
 
