@@ -135,6 +135,10 @@ bench-limits: $(STAMP) ## Measure what shared rate limits take, and how well the
 bench-memory: $(STAMP) ## Measure what a key takes in a worker's memory; writes docs/memory.md
 	@$(BIN)/python tests/bench/memory.py
 
+.PHONY: bench-same-server
+bench-same-server: $(STAMP) ## Measure Validate against a no-op on the same server; writes docs/same-server.md
+	@$(BIN)/python tests/bench/same_server.py
+
 .PHONY: bench-usage
 bench-usage: $(STAMP) ## Measure what it takes to count how keys are used, and to tell it; writes docs/usage-performance.md
 	@$(BIN)/python tests/bench/usage.py

@@ -223,6 +223,13 @@ class Callers:
         burst = evaluated(outputs, [log.read_text() for log in self._logs], windows)
         return replace(burst, bodies=self._bodies)
 
+    def answered_within(self, windows: Sequence[Window]) -> list[int]:
+        """Counts the answers of each of some windows. To be called once they are done."""
+        answered = sorted(_call(line)[0] for log in self._logs for line in log.read_text().splitlines())
+        return [
+            bisect_right(answered, each.end_s * 1e6) - bisect_right(answered, each.begin_s * 1e6) for each in windows
+        ]
+
 
 @asynccontextmanager
 async def _cancelled_at_the_end(work: Coroutine[None, None, None]) -> AsyncIterator[None]:

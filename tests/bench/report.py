@@ -119,11 +119,17 @@ def certainty(values: Sequence[float]) -> str:
 
     By the order of the values alone, whatever their distribution: https://en.wikipedia.org/wiki/Order_statistic.
     """
+    found = bounds(values)
+    return f" The median of more of them would lie between {found[0]:.2f} and {found[1]:.2f} (95 %)." if found else ""
+
+
+def bounds(values: Sequence[float]) -> tuple[float, float] | None:
+    """Gives the values between which that lies in 95 % of cases; None where there are too few to say."""
     few = math.floor((len(values) - NORMAL_95 * math.sqrt(len(values))) / 2)
     if few < 1:
-        return ""
+        return None
     ordered = sorted(values)
-    return f" The median of more of them would lie between {ordered[few - 1]:.2f} and {ordered[-few]:.2f} (95 %)."
+    return ordered[few - 1], ordered[-few]
 
 
 def _by_noop(turns: Sequence[Turn]) -> str:

@@ -201,11 +201,12 @@ async def service(
     *,
     in_use: int = MAX_TOKENS,
     beside: str = "",
+    program: Sequence[str] = ("-m", "latchgate"),
 ) -> AsyncIterator[Service]:
     """Runs `latchgate serve` with its own defaults, but for these settings, and one worker, until the block ends.
 
     One that is to look up every token has room for a single one in its memory. Of all tokens `in_use` are asked for,
-    evenly spread; its name says so if that is said in `beside`.
+    evenly spread; its name says so if that is said in `beside`. Another `program` is for Python to run in its place.
     """
     tokens = seeded.tokens[:: max(1, len(seeded.tokens) // in_use)][:in_use]
     port, metrics_port = free_port(), free_port()
@@ -213,7 +214,7 @@ async def service(
     if source is Source.DATABASE:
         environment["LATCHGATE_CACHE_KEYS"] = "1"
     log = folder / f"service-{seeded.keys}-{source.value}-{len(tokens)}.log"
-    async with _process(["-m", "latchgate", "serve"], cores=[core], environment=environment, log=log) as process:
+    async with _process([*program, "serve"], cores=[core], environment=environment, log=log) as process:
         answer = await _first_answer(process, port, next(iter(seeded.sample)), log)
         yield Service(
             name=f"{source.value}, {seeded.keys:,} {'key' if seeded.keys == 1 else 'keys'}{beside}",
