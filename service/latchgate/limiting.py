@@ -160,8 +160,7 @@ class SharedLimiter:
         return False
 
     def _plan_ticks(self, now_s: float) -> None:
-        self._tick_s = now_s + random.uniform(*TICK_S)  # noqa: S311 - to spread, not to hide
-        self._late_tick_s = now_s + random.uniform(*LATE_TICK_S)  # noqa: S311 - the same
+        self._tick_s, self._late_tick_s = now_s + _drawn(TICK_S), now_s + _drawn(LATE_TICK_S)
 
     async def _send(self, asks: Sequence[RateAsk], patience_s: float) -> bool:
         """Sends a statement, and takes note of what it has brought; says whether it was answered.
@@ -241,3 +240,8 @@ async def _patience(seconds: float) -> AsyncIterator[None]:
             yield
         finally:
             timer.cancel()
+
+
+def _drawn(span_s: tuple[float, float]) -> float:
+    """Draws a time of a span."""
+    return random.uniform(*span_s)  # noqa: S311 - to spread, not to hide
