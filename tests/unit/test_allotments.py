@@ -310,7 +310,7 @@ def test_farewell() -> None:
 
 
 def test_standing_permits() -> None:
-    """Of a twentieth of the limit, by thirds for each window of the clock's, the store is never told; no more."""
+    """Of four hundredths of the limit, by thirds for each window of the clock's, the store is never told; no more."""
     bench = LimitBench(limit=1000, workers=2)
     bench.exchange()
     assert [True] * 6 == [bool(bench.take()) for _ in range(6)]

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from latchgate.domain.shares import LIFE_S
-from latchgate.limiting import HEAR_S, LATE_TICK_S, TICK_S
+from latchgate.limiting import LATE_TICK_S, TICK_S
 from support.limits import KEY, LimitBench
 from support.shared_limits import Deployment, deployment
 
@@ -176,15 +175,3 @@ def test_debt_does_not_wait_for_a_later_tick(deployed: Deployment) -> None:
         worker.request(10, key_id=key_id)
         deployed.run(time_s + TICK_S[1] + 0.02)
         assert 1 == sum(deployed.store.windows[key_id].values())
-
-
-def test_others_are_heard_of_though_nothing_is_to_be_asked(deployed: Deployment) -> None:
-    """A worker that only waits for its permits to end asks how many there are as often as one that has none."""
-    (worker,) = deployed.workers
-    deployed.load(20_000, 50.0, 40.0)
-    deployed.store.workers = 2
-    for _ in range(8):
-        before = deployed.store.statements
-        deployed.run(deployed.world.now_s + HEAR_S + LIFE_S)
-        assert deployed.store.statements > before
-    assert 2 == worker.limiter.allotments.workers
