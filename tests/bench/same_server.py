@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -39,8 +40,10 @@ LEAD_S = 0.005
 """What is not counted of each turn: until then calls of the other kind are under way."""
 PAIRS = 30
 """How many turns of each kind make a ratio."""
-SETTLING_S = 0.5
-STARTING_S = 1.5
+STARTING_S = 2.0
+"""How long the load runs before the turns begin: until then all of its processes are at work."""
+ENDING_S = 1.0
+"""How long it runs beyond those that count, so that all are at work to the last of them."""
 COUNTED_TOLERANCE = 0.02
 """By how much the VALID answers that the service has counted may differ from those that came in Validate's turns."""
 
@@ -139,19 +142,21 @@ async def _ratios(seeded: Seeded, load: Load, plan: Plan, *, in_use: int, core: 
         await service.check_answers()
         figures = await service.figures()
         feeds = [load.drawn(service.bodies)] * plan.processes
-        async with load.calling([service.url], feeds, STARTING_S + SETTLING_S + plan.seconds) as callers:
-            await asyncio.sleep(STARTING_S + SETTLING_S)
+        async with load.calling([service.url], feeds, STARTING_S + plan.seconds + ENDING_S) as callers:
+            await asyncio.sleep(STARTING_S)
+            end_s = time.time() + plan.seconds
             os.kill(service.pid, signal.SIGUSR1)
             burst = await callers.burst()
             slices = read(told)
             answers = callers.answered_within([each.whole for each in slices])
-            counted = callers.answered_within([each.window for each in slices])
+            full = [each for each in slices if each.end_s <= end_s]
+            counted = callers.answered_within([each.window for each in full])
         if burst.failed:
             raise BenchError(f"{burst.failed} calls failed")
         outcomes = (await service.figures()).since(figures).outcomes
         of_noop = sum(count for count, each in zip(answers, slices, strict=True) if not each.is_own)
         check(service.name, burst.succeeded - of_noop, outcomes.get("VALID", 0.0))
-    return ratios_of(slices, counted)
+    return ratios_of(full, counted)
 
 
 def check(name: str, answered: float, valid: float) -> None:
@@ -208,9 +213,9 @@ def _page(plan: Plan, layout: Layout, found: dict[int, list[float]]) -> str:
     blocks = (
         "# Validate and a no-op on the same server",
         paragraph(
-            "What answering a validation from memory takes beyond the RPC that carries it, as precisely as this can be"
-            " told. [Performance](performance.md) compares processes, where more differs and more is counted. This page"
-            " is written by `make bench-same-server`; its figures are those of one run on one machine."
+            "What answering a validation from memory takes beyond the RPC that carries it."
+            " [Performance](performance.md) compares processes, where more differs, more is counted, and figures spread"
+            " more. This page is written by `make bench-same-server`; its figures are those of one run on one machine."
         ),
         "## Results",
         as_markdown(_table(found)),

@@ -1,8 +1,8 @@
 """`latchgate serve` whose Validate is by turns the service's own and a no-op: two RPCs on the same grpcio server.
 
 It is called as `latchgate` would be. Its workers begin with the turns when they are sent SIGUSR1. Then the file that
-BENCH_ANSWER names is read for what the no-op answers, and a line is added to the one that
-BENCH_SLICES names after each turn: `own` or `noop`, and from when to when it was, in seconds since 1970.
+BENCH_ANSWER names is read for what the no-op answers, and a line is added to the one that BENCH_SLICES names after each
+turn: `own` or `noop`, and from when to when it was, in seconds since 1970.
 
 Whoever calls notices nothing: connections, servers, event loop and process are the same, and so is all that the service
 does beside the calls.
@@ -25,6 +25,7 @@ from apikeys.v1 import key_service_pb2 as pb
 from latchgate.scheduling import schedule_for_throughput
 
 SLICE_S = 0.03
+"""How long a turn is."""
 
 
 class Turning(grpc.GenericRpcHandler):
