@@ -49,11 +49,23 @@ def test_limits(limit: int, remaining: int, reset_after_s: int, revision: int, n
 
 
 def test_what_is_prepared_is_not_used_beyond_its_time() -> None:
-    """What answers have in common is written anew with each revision, second and limit, however they alternate."""
-    for revision, now_s, limit in ((1, 10, 5), (2, 10, 5), (2, 11, 5), (2, 11, 6), (1, 10, 5), (2, 11, 6)):
-        rate = RateState(allowed=True, limit=limit, remaining=3, reset_after_s=61)
+    """What answers have in common is written anew with each revision, second, limit and reset, in whatever order."""
+    for revision, now_s, limit, reset_after_s in (
+        (1, 9.75, 5, 61),
+        (1, 10.0, 5, 61),
+        (2, 10.0, 5, 61),
+        (2, 10.75, 5, 61),
+        (2, 11.0, 5, 61),
+        (2, 10.75, 5, 61),
+        (2, 10.0, 5, 7),
+        (2, 10.0, 5, 61),
+        (2, 12.5, 6, 61),
+        (1, 10.0, 5, 61),
+        (2, 12.0, 6, 61),
+    ):
+        rate = RateState(allowed=True, limit=limit, remaining=3, reset_after_s=reset_after_s)
         read = pb.ValidateResponse.FromString(WRITER.write(Verdict(Outcome.VALID, revision, now_s, RECORD, rate)))
-        assert (revision, now_s + 62, limit) == (
+        assert (revision, int(now_s) + reset_after_s + 1, limit) == (
             read.revision,
             read.rate_limit.reset_time.seconds,
             read.rate_limit.limit,

@@ -24,11 +24,12 @@ _RATE_LIMIT: Final = bytes((pb.ValidateResponse.RATE_LIMIT_FIELD_NUMBER << 3 | 2
 _REMAINING: Final = bytes((pb.RateLimit.REMAINING_FIELD_NUMBER << 3,))
 
 
-_Limited = tuple[int, int, list[bytes], bytes]
+_Limited = tuple[int, int, float, float, list[bytes], bytes]
 """What the answers of VALID for one limit have in common within a second and a revision.
 
-These are the revision; the reset time, in seconds since 1970; what comes before the number of requests that are left,
-by the length of that number; and what comes after it. Without names, because such a tuple is taken apart sooner.
+These are the revision; after how many seconds the limit is reset; from when on and until when that is the same second,
+in seconds since 1970; what comes before the number of requests that are left, by the length of that number; and what
+comes after it. Without names, because such a tuple is taken apart sooner.
 """
 
 
@@ -48,6 +49,17 @@ class AnswerWriter:
     def write(self, judgement: Judgement) -> bytes:
         """Writes a verdict."""
         outcome, revision, now_s, record, rate = judgement
+        # Most are these, so they come first; and times are compared, which is done sooner than they are rounded.
+        if rate is not None and outcome is _VALID and record is not None:
+            _, limit, remaining, reset_after_s = rate
+            prepared = self.limits.get(limit)
+            if prepared is None:
+                prepared = self._prepare(revision, limit, now_s, reset_after_s)
+            of_revision, of_reset_after_s, begin_s, end_s, before, after = prepared
+            if not (begin_s <= now_s < end_s and of_revision == revision and of_reset_after_s == reset_after_s):
+                _, _, _, _, before, after = self._prepare(revision, limit, now_s, reset_after_s)
+            left = self._last[remaining] if remaining < 1 << 14 else self._long(remaining)
+            return record.shown + (before[len(left)] + left + after)
         if record is None:
             return _told(outcome, revision, 0)
         if rate is None:
@@ -56,22 +68,11 @@ class AnswerWriter:
                     self._valid, self._revision = _told(_VALID, revision, 0), revision
                 return record.shown + self._valid
             return record.shown + _told(outcome, revision, self._ttl_ms(outcome, record, now_s))
-        if outcome is not _VALID:
-            return record.shown + _told(outcome, revision, 0) + _refused(rate, now_s)
-        _, limit, remaining, reset_after_s = rate
-        # As _reset_s says.
-        reset_s = int(now_s) + reset_after_s + 1
-        prepared = self.limits.get(limit)
-        if prepared is None:
-            prepared = self._prepare(revision, limit, reset_s)
-        of_revision, of_reset_s, before, after = prepared
-        if of_reset_s != reset_s or of_revision != revision:
-            _, _, before, after = self._prepare(revision, limit, reset_s)
-        left = self._last[remaining] if remaining < 1 << 14 else self._long(remaining)
-        return record.shown + (before[len(left)] + left + after)
+        return record.shown + _told(outcome, revision, 0) + _refused(rate, now_s)
 
-    def _prepare(self, revision: int, limit: int, reset_s: int) -> _Limited:
+    def _prepare(self, revision: int, limit: int, now_s: float, reset_after_s: int) -> _Limited:
         """Writes what is the same for all keys of a limit."""
+        reset_s, begin_s = _reset_s(now_s, reset_after_s), float(int(now_s))
         told, of_limit = _told(_VALID, revision, 0), pb.RateLimit(limit=limit).SerializeToString()
         after = pb.RateLimit(reset_time=timestamp_pb2.Timestamp(seconds=reset_s)).SerializeToString()
         length = len(of_limit) + len(_REMAINING) + len(after)
@@ -81,7 +82,7 @@ class AnswerWriter:
         ]
         if len(self.limits) >= MAX_LIMITS:
             self.limits.clear()
-        prepared = self.limits[limit] = (revision, reset_s, before, after)
+        prepared = self.limits[limit] = (revision, reset_after_s, begin_s, begin_s + 1.0, before, after)
         return prepared
 
     def _long(self, number: int) -> bytes:

@@ -92,7 +92,7 @@ class Pipeline:
         self._is_validate_open = is_validate_open
         self._backend: Backend | None = None
         # What is answered from memory, by method.
-        self._memories: dict[str, _Memory] = {}
+        self._recalling: dict[str, _Recalling] = {}
         self._gate: asyncio.Event | None = None
         # How many calls have come since `hold`.
         self.held = 0
@@ -101,13 +101,13 @@ class Pipeline:
         """Lets calls through."""
         self._backend = backend
         if self._is_validate_open and self._gate is None:
-            for method, memory in self._memories.items():
-                memory.recall, memory.clock = backend.recalls[method], backend.validator.clock
+            for method, recalling in self._recalling.items():
+                recalling.recall, recalling.clock = backend.recalls[method], backend.validator.clock
 
     def hold(self) -> None:
         """Makes all calls that come from now on wait until `release`."""
-        for memory in self._memories.values():
-            memory.recall = _never
+        for recalling in self._recalling.values():
+            recalling.recall = _never
         self._gate = asyncio.Event()
 
     def release(self) -> None:
@@ -294,8 +294,8 @@ class Pipeline:
 
     def recalling(self, method: MethodDescriptor, hot: Hot) -> Behaviour:
         """Has a method of the hot path answered from memory, and by its own behaviour only where that takes more."""
-        memory = self._memories[method.full_name] = _Memory()
-        return _Recalling(memory, self._observer.tally(method_name(method)), hot)
+        recalling = self._recalling[method.full_name] = _Recalling(self._observer.tally(method_name(method)), hot)
+        return recalling
 
 
 def _never(_raw: bytes, _came_s: float) -> bytes | None:
@@ -303,16 +303,8 @@ def _never(_raw: bytes, _came_s: float) -> bytes | None:
     return None
 
 
-class _Memory:
-    """What is answered from memory now, and the clock by which it is, in seconds."""
-
-    def __init__(self) -> None:
-        self.recall: FromMemory = _never
-        self.clock: Callable[[], float] = perf_counter
-
-
 class _Recalling:
-    """The behaviour of a method of the hot path.
+    """The behaviour of a method of the hot path: what is answered from memory now, and the clock by which it is.
 
     grpc asks at every call whether what it was given is a function whose calls are to be awaited; the answer is there
     soonest if it is a coroutine itself. This one is none: it only says so.
@@ -321,18 +313,19 @@ class _Recalling:
     # That this is not what it is, is the point: type checkers are right to object.
     __class__ = CoroutineType  # type: ignore[assignment]
 
-    def __init__(self, memory: _Memory, tally: Tally, hot: Hot) -> None:
-        self._memory = memory
+    def __init__(self, tally: Tally, hot: Hot) -> None:
+        self.recall: FromMemory = _never
+        # In seconds.
+        self.clock: Callable[[], float] = perf_counter
         self._tally = tally
         self._hot = hot
 
     async def __call__(self, raw: bytes, context: Context) -> Message | bytes:
-        memory = self._memory
-        clock = memory.clock
+        clock = self.clock
         # Read once for how long the call takes and for the time as of which it is judged.
         came_s = clock()
         try:
-            answer = memory.recall(raw, came_s)
+            answer = self.recall(raw, came_s)
         except Exception:  # noqa: BLE001 - what it is, is found out and told below
             answer = None
         if not isinstance(answer, bytes):
