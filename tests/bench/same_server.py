@@ -32,6 +32,8 @@ from bench.report import RATIO_WANTED, Rows, as_markdown, as_text, at_least, bou
 from bench.rounds import NICENESS  # noqa: E402 - the same
 from bench.servers import Source  # noqa: E402 - the same
 from bench.twofold import SLICE_S  # noqa: E402 - the same
+from latchgate.domain.shares import LASTING_S  # noqa: E402 - the same
+from latchgate.limiting import SETTLE_S  # noqa: E402 - the same
 
 PAGE = ROOT / "docs" / "same-server.md"
 IN_USE = (100, 1000, 10_000)
@@ -40,8 +42,11 @@ LEAD_S = 0.005
 """What is not counted of each turn: until then calls of the other kind are under way."""
 PAIRS = 30
 """How many turns of each kind make a ratio."""
-STARTING_S = 2.0
-"""How long the load runs before the turns begin: until then all of its processes are at work."""
+STARTING_S = SETTLE_S + LASTING_S
+"""How long the load runs before the turns begin: until a worker that has just started asks the store of rate limits no
+more than it will for good, and has permits of all keys that are often asked for."""
+CONNECTION_AGE_S = 3600
+"""For how long a connection may last: longer than any load, because h2load makes no other one when it has ended."""
 ENDING_S = 1.0
 """How long it runs beyond those that count, so that all are at work to the last of them."""
 COUNTED_TOLERANCE = 0.02
@@ -133,7 +138,11 @@ async def _ratios(seeded: Seeded, load: Load, plan: Plan, *, in_use: int, core: 
     Gives Validate's calls a second over the no-op's, about every two seconds. Raises BenchError.
     """
     answer, told = folder / "answer", folder / "slices"
-    settings = {"BENCH_ANSWER": str(answer), "BENCH_SLICES": str(told)}
+    settings = {
+        "BENCH_ANSWER": str(answer),
+        "BENCH_SLICES": str(told),
+        "LATCHGATE_CONNECTION_AGE_SECONDS": str(CONNECTION_AGE_S),
+    }
     async with servers.service(
         seeded, Source.MEMORY, core, folder, settings, in_use=in_use, program=PROGRAM
     ) as service:
@@ -234,15 +243,21 @@ def _page(plan: Plan, layout: Layout, found: dict[int, list[float]]) -> str:
 
 def _method(plan: Plan) -> Iterator[str]:
     yield (
-        "**On the same server**: one worker of `latchgate serve`, with its default settings, whose Validate is"
-        f" by turns the service's own and a no-op, {SLICE_S * 1000:g} ms each. The no-op is a handler with"
-        " protobuf's own serializers: it reads the request, and gives to all one of the service's answers."
+        "**On the same server**: one worker of `latchgate serve`, with its default settings but for how long"
+        f" connections last, whose Validate is by turns the service's own and a no-op, {SLICE_S * 1000:g} ms each."
+        " The no-op is a handler with protobuf's own serializers: it reads the request, and gives to all one of the"
+        " service's answers."
         " Callers notice nothing: process, event loop, grpc's servers, connections and requests are the same."
     )
     yield (
         "**Not in these figures** is what the service does beside the calls, in its own time: it renews its"
         " lease, asks for permits of rate limits and writes how keys were used during turns of both kinds."
         " In [performance](performance.md) it is."
+    )
+    yield (
+        f"**Settled**: turns began after {STARTING_S:g} s of load. A worker asks the store of rate limits more in its"
+        f" first {SETTLE_S:g} s, until it may let a part of each limit through without a word; and more of keys that"
+        " were not asked for lately."
     )
     yield (
         f"**Counted**: the answers in h2load's log, without those of the first {LEAD_S * 1000:g} ms of each"
