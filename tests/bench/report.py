@@ -145,19 +145,19 @@ def _over(results: Results, one: str, other: str) -> list[float]:
     return [first.ratio / second.ratio for first, second in pairs]
 
 
-def at_least(what: str, values: Sequence[float], wanted: float) -> str:
+def at_least(what: str, values: Sequence[float], wanted: float, form: str = ".2f") -> str:
     """Says whether the median is as large as is wanted."""
-    return _compared(what, values, f"at least {wanted}", is_reached=statistics.median(values) >= wanted)
+    return _compared(what, values, f"at least {wanted}", form, is_reached=statistics.median(values) >= wanted)
 
 
 def at_most(what: str, values: Sequence[float], wanted: float) -> str:
     """Says whether the median is as small as is wanted."""
-    return _compared(what, values, f"at most {wanted}", is_reached=statistics.median(values) <= wanted)
+    return _compared(what, values, f"at most {wanted}", ".2f", is_reached=statistics.median(values) <= wanted)
 
 
-def _compared(what: str, values: Sequence[float], wanted: str, *, is_reached: bool) -> str:
+def _compared(what: str, values: Sequence[float], wanted: str, form: str, *, is_reached: bool) -> str:
     verdict = "reached" if is_reached else "not reached"
-    return f"{what}: {spread(values, '.2f')}; wanted {wanted}: {verdict}."
+    return f"{what}: {spread(values, form)}; wanted {wanted}: {verdict}."
 
 
 def warnings(results: Results) -> list[str]:

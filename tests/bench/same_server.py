@@ -228,7 +228,7 @@ def _page(plan: Plan, layout: Layout, found: dict[int, list[float]]) -> str:
         ),
         "## Results",
         as_markdown(_table(found)),
-        bullets(at_least(f"{in_use:,} keys in use", ratios, wanted) for in_use, ratios in found.items()),
+        bullets(at_least(f"{in_use:,} keys in use", ratios, wanted, ".3f") for in_use, ratios in found.items()),
         "## How it is measured",
         bullets(_method(plan)),
         paragraph(
