@@ -97,9 +97,9 @@ def test_answers_from_elsewhere_are_refused(source: Source, digests: int) -> Non
         rounds.check_source(source, 1000, digests)
 
 
-@pytest.mark.parametrize("spoiled", [0, 2, rounds.MOST_REPEATED])
-async def test_spoiled_turn_is_done_again(monkeypatch: pytest.MonkeyPatch, spoiled: int) -> None:
-    """A turn that was not what it was to be is done again, and takes none of the others with it."""
+@pytest.mark.parametrize("spoiled", [(0, 0), (0, 2), (rounds.MOST_REPEATED, rounds.MOST_REPEATED)])
+async def test_spoiled_turn_is_done_again(monkeypatch: pytest.MonkeyPatch, spoiled: tuple[int, int]) -> None:
+    """A turn that was not what it was to be is done again, and takes none of the others with it, however many are."""
     comparison, done = _comparison(monkeypatch, spoiled)
 
     turns = await comparison.run([TARGET], [b""])
@@ -107,29 +107,28 @@ async def test_spoiled_turn_is_done_again(monkeypatch: pytest.MonkeyPatch, spoil
     # Of the two rounds the first is not counted.
     assert ["turn"] * 2 == done
     assert 1 == len(turns)
-    assert spoiled == comparison.repeated
+    assert sum(spoiled) == comparison.repeated
 
 
 async def test_turns_that_are_always_spoiled_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes wrong again and again is no chance: the run ends, and says what."""
-    comparison, done = _comparison(monkeypatch, rounds.MOST_REPEATED + 1)
+    comparison, done = _comparison(monkeypatch, (rounds.MOST_REPEATED + 1, 0))
     with pytest.raises(SpoiledError, match="spoiled"):
         await comparison.run([TARGET], [b""])
 
     assert [] == done
 
 
-def _comparison(monkeypatch: pytest.MonkeyPatch, spoiled: int) -> tuple[Any, list[str]]:
-    """A measurement of one counted round whose first turns are spoiled, and the list of those that are not."""
+def _comparison(monkeypatch: pytest.MonkeyPatch, spoiled: tuple[int, int]) -> tuple[Any, list[str]]:
+    """A measurement of one counted round whose turns are spoiled so often, and the list of those that are not."""
     plan = rounds.Plan(keys=(1,), rounds=1, seconds=1.0, processes=1, in_use=1, seed=1)
     nothing: Any = None
     comparison: Any = rounds._Comparison(plan, nothing, nothing, [TARGET], lambda _: None)  # noqa: SLF001 - its rule alone
-    left, done = spoiled, list[str]()
+    left, done = list(spoiled), list[str]()
 
     async def turn(*_: object) -> str:
-        nonlocal left
-        if left:
-            left -= 1
+        if left[len(done)]:
+            left[len(done)] -= 1
             raise SpoiledError("spoiled")
         done.append("turn")
         return "turn"
