@@ -267,8 +267,9 @@ def _method(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"**Keys in use**: {plan.processes} processes of `h2load` with one connection and one request at a time"
-        " send tokens of so many keys at random. The more there are, the longer it was that a key was used last:"
-        " presumably more of what is held of it then has to come from farther away than the processor's caches."
+        " send tokens of so many keys at random. The more there are, the longer it was that a key was used last: more"
+        " calls are then the first of their key since its uses were written or its permits have ended, and presumably"
+        " more of what is held of it has to come from farther away than the processor's caches."
     )
     yield (
         "**Checked**: no call failed, and the service counted as many VALID answers as came in Validate's"

@@ -65,7 +65,7 @@ def test_figures_come_out(tmp_path: Path, postgres_url: str) -> None:
         env=os.environ | {"LATCHGATE_DATABASE_URL": postgres_url},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert (0, "") == (ended.returncode, ended.stderr)
